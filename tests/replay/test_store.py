@@ -1,0 +1,252 @@
+"""The store's promises, on a real folder."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from replay.record import SCHEMAS, Blob, Status, version
+from replay.store import MAX_CLAIMS, Store, StoreError
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> Store:
+    return Store(tmp_path / "replay", clock)
+
+
+def table(stage: str, rows: list[dict]) -> pa.Table:
+    filled = [{n: None for n in SCHEMAS[stage].names} | {"attempt": 0, "turn": 0} | row for row in rows]
+    return pa.Table.from_pylist(filled, SCHEMAS[stage])
+
+
+def pending(group: str = "g0", samples: int = 2, purpose: str = "train") -> pa.Table:
+    return table(
+        "pending",
+        [{"trajectory": f"{group}/{i}", "group": group, "purpose": purpose, "question": "q"} for i in range(samples)],
+    )
+
+
+def row(stage: str, trajectory: str, **values: object) -> pa.Table:
+    return table(stage, [{"trajectory": trajectory, "group": trajectory.split("/")[0]} | values])
+
+
+def to_scored(store: Store, trajectory: str, at: int = 0) -> None:
+    assert store.put("generated", row("generated", trajectory, versions=[at, at + 1], text="t")) == ["ok"]
+    assert store.put("rendered", row("rendered", trajectory)) == ["ok"]
+    assert store.put("scored", row("scored", trajectory, reward=1.0)) == ["ok"]
+
+
+def claim(store: Store, stage: str, **options: object):
+    return store.claim(stage, **({"limit": 9, "lease_s": 10, "columns": []} | options))
+
+
+def reopen(store: Store, clock: Clock | None = None) -> Store:
+    store.close()
+    return Store(store.root, clock or Clock())
+
+
+def test_a_trajectory_walks_through_all_stages(store: Store) -> None:
+    store.put("pending", pending())
+    for name in ("g0/0", "g0/1"):
+        to_scored(store, name)
+    got = claim(store, "scored", by_group=True, columns=["question", "text", "reward"])
+    assert got.rows.to_pylist()[0] == {
+        "trajectory": "g0/0",
+        "group": "g0",
+        "attempt": 0,
+        "question": "q",
+        "text": "t",
+        "reward": 1.0,
+    }
+    assert store.ack(got.token, {t: ("trained", "") for t in got.trajectories}, step=1) == ["ok", "ok"]
+    assert store.counts() == {"trained": 2}
+    assert store.groups("train") == {"accepted": 1, "ended": 1, "trained": 1}
+
+
+def test_the_first_put_wins_and_a_later_one_is_stale(store: Store) -> None:
+    store.put("pending", pending())
+    assert store.put("generated", row("generated", "g0/0", versions=[0], text="first")) == ["ok"]
+    assert store.put("generated", row("generated", "g0/0", versions=[0], text="second")) == ["stale"]
+    assert store.get(["g0/0"], ["text"])["text"].to_pylist() == ["first"]
+    assert store.put("pending", pending()) == ["stale", "stale"]
+
+
+def test_two_rows_of_one_trajectory_in_one_put_are_one(store: Store) -> None:
+    store.put("pending", pending())
+    twice = pa.concat_tables([row("generated", "g0/0", versions=[0])] * 2)
+    assert store.put("generated", twice) == ["ok", "stale"]
+
+
+def test_a_row_of_an_unknown_trajectory_is_stale(store: Store) -> None:
+    assert store.put("generated", row("generated", "nobody/0", versions=[0])) == ["stale"]
+
+
+def test_a_stage_cannot_be_skipped(store: Store) -> None:
+    store.put("pending", pending())
+    assert store.put("scored", row("scored", "g0/0", reward=1.0)) == ["stale"]
+
+
+def test_a_claimed_row_is_free_again_when_its_lease_runs_out(store: Store, clock: Clock) -> None:
+    store.put("pending", pending())
+    first = claim(store, "pending")
+    assert claim(store, "pending") is None
+    clock.now = 5
+    assert store.extend(first.token, 10)
+    clock.now = 14
+    assert claim(store, "pending") is None
+    clock.now = 16
+    assert claim(store, "pending").trajectories == first.trajectories
+    assert not store.extend(first.token, 10)
+    assert store.ack(first.token, {"g0/0": ("dropped_data", "late")}) == ["stale"]
+
+
+def test_a_released_row_can_be_claimed_at_once_and_for_ever(store: Store) -> None:
+    store.put("pending", pending())
+    for _ in range(3 * MAX_CLAIMS):
+        store.release(claim(store, "pending").token)
+    assert store.counts() == {"pending": 2}
+
+
+def test_a_row_that_takes_its_workers_down_is_dropped_with_a_reason(store: Store, clock: Clock) -> None:
+    store.put("pending", pending(samples=1))
+    for _ in range(MAX_CLAIMS):
+        assert claim(store, "pending") is not None
+        clock.now += 11
+    assert claim(store, "pending") is None
+    assert store.counts() == {"dropped_data": 1}
+
+
+def test_a_group_is_claimed_whole_and_only_when_complete(store: Store) -> None:
+    store.put("pending", pending(samples=3))
+    to_scored(store, "g0/0")
+    to_scored(store, "g0/1")
+    assert claim(store, "scored", by_group=True) is None
+    third = store.claim("pending", limit=1, lease_s=9, columns=[])
+    store.ack(third.token, {"g0/2": ("dropped_data", "broken")})
+    assert claim(store, "scored", by_group=True).trajectories == ["g0/0", "g0/1"]
+
+
+def test_groups_older_than_the_bound_are_generated_anew(store: Store, clock: Clock) -> None:
+    store.put("pending", pending())
+    to_scored(store, "g0/0", at=3)
+    to_scored(store, "g0/1", at=4)
+    assert claim(store, "scored", by_group=True, version=5, max_staleness=2) is not None
+    clock.now += 11
+    assert claim(store, "scored", by_group=True, version=6, max_staleness=2) is None
+    assert store.counts() == {"pending": 2}
+    late = row("rendered", "g0/0")
+    assert store.put("rendered", late) == ["stale"], "a row of the first attempt must not count for the second"
+    again = table("generated", [{"trajectory": "g0/0", "group": "g0", "attempt": 1, "versions": [6]}])
+    assert store.put("generated", again) == ["ok"]
+    store = reopen(store)
+    assert store.counts() == {"pending": 1, "generated": 1}
+    assert store.get(["g0/0"], ["versions"])["versions"].to_pylist() == [[6]]
+
+
+def test_versions_of_an_abandoned_life_count_as_fresh(store: Store) -> None:
+    store.put("pending", pending(samples=1))
+    to_scored(store, "g0/0", at=version(0, 9))
+    assert claim(store, "scored", by_group=True, version=version(1, 5), max_staleness=0) is not None
+
+
+def test_a_purpose_is_claimed_by_itself(store: Store) -> None:
+    store.put("pending", pending("a"))
+    store.put("pending", pending("b", purpose="before"))
+    assert claim(store, "pending", purpose="before").trajectories == ["b/0", "b/1"]
+
+
+def test_everything_is_there_when_the_store_comes_back(store: Store) -> None:
+    store.put("pending", pending("a"))
+    store.put("pending", pending("b"))
+    to_scored(store, "a/0")
+    to_scored(store, "a/1")
+    got = claim(store, "scored", by_group=True)
+    store.ack(got.token, {t: ("trained", "") for t in got.trajectories}, step=4)
+    picture = Blob(b"png")
+    store.put("generated", row("generated", "b/0", versions=[1], text="x"), [picture])
+    claim(store, "generated")
+    before = store.counts()
+    store = reopen(store)
+    assert store.counts() == before == {"trained": 2, "generated": 1, "pending": 1}
+    assert claim(store, "generated").trajectories == ["b/0"]
+    assert store.blobs([picture.sha256]) == {picture.sha256: picture}
+    assert store.cursor("train") == 2
+
+
+def test_what_was_trained_after_the_committed_step_comes_back_once(store: Store) -> None:
+    for name in ("a", "b"):
+        store.put("pending", pending(name, samples=1))
+        to_scored(store, f"{name}/0")
+    for step in (1, 2):
+        got = claim(store, "scored", by_group=True, limit=1)
+        store.ack(got.token, {t: ("trained", "") for t in got.trajectories}, step=step)
+    store = reopen(store)
+    assert store.rewind(step=1) == 1
+    store = reopen(store)
+    assert store.counts() == {"trained": 1, "scored": 1}
+    got = claim(store, "scored", by_group=True)
+    assert got.trajectories == ["b/0"]
+    store.ack(got.token, {"b/0": ("trained", "")}, step=2)
+    assert reopen(store).counts() == {"trained": 2}
+
+
+def test_a_torn_tail_costs_only_the_put_that_never_returned(store: Store) -> None:
+    store.put("pending", pending("a"))
+    store.put("pending", pending("b"))
+    [segment] = (store.root / "pending").glob("*.arrows")
+    whole = segment.read_bytes()
+    store.close()
+    (store.root / "pending" / "00000000.arrow").unlink()
+    segment.write_bytes(whole[:-7])
+    again = Store(store.root)
+    assert again.find("train") == ["a/0", "a/1"]
+
+
+def test_a_picture_is_stored_once(store: Store) -> None:
+    store.put("pending", pending("a"), [Blob(b"x"), Blob(b"x")])
+    store.put("pending", pending("b"), [Blob(b"x")])
+    assert sum(b.num_rows for b in store._logs["blobs"]) == 1
+
+
+def test_an_open_store_refuses_a_second_owner_by_name(store: Store) -> None:
+    with pytest.raises(StoreError, match="is open in process"):
+        Store(store.root)
+
+
+def test_a_store_of_a_newer_format_is_refused(store: Store) -> None:
+    store.close()
+    (store.root / "FORMAT").write_text('{"format": 99}')
+    with pytest.raises(StoreError, match="format 99"):
+        Store(store.root)
+
+
+def test_clear_forgets_everything(store: Store) -> None:
+    store.put("pending", pending(), [Blob(b"x")])
+    store.clear()
+    assert store.counts() == {}
+    store.put("pending", pending())
+    assert reopen(store).counts() == {"pending": 2}
+
+
+def test_an_unknown_column_is_refused_by_name(store: Store) -> None:
+    store.put("pending", pending())
+    with pytest.raises(StoreError, match="colour"):
+        store.get(["g0/0"], ["colour"])
+
+
+def test_all_statuses_are_in_the_table_of_moves() -> None:
+    from replay.record import MOVES
+
+    assert set(MOVES) == set(Status)
