@@ -186,9 +186,9 @@ class Store:
         self._append_ends([(t, s, r, step, advantages.get(t, 0.0)) for t, (s, r) in fresh.items()])
         return ["ok" if t in fresh else "stale" for t in ends]
 
-    def release(self, token: int) -> None:
-        """Give a lease back: its rows can be claimed at once, and this claim is not counted against them."""
-        for name in self._held(token):
+    def release(self, token: int, trajectories: Sequence[str] | None = None) -> None:
+        """Give a lease back (or part of it): the rows can be claimed at once, and the claim is not counted."""
+        for name in self._held(token) if trajectories is None else set(trajectories) & set(self._held(token)):
             self._entries[name].claims -= 1
             self._unlease(name)
 
@@ -250,6 +250,19 @@ class Store:
             if self._entries[members[0]].purpose == purpose:
                 out.update(accepted=1, ended=statuses <= ENDS, trained=Status.TRAINED in statuses)
         return dict(out)
+
+    def lost(self, purpose: str) -> int:
+        """Accepted trajectories that neither live on nor ended exactly once, counted in the logs. Must be 0."""
+        accepted = {t for t, e in self._entries.items() if e.purpose == purpose}
+        ends: Counter[str] = Counter()
+        for batch in self._logs["ended"]:
+            for row in batch.select(["trajectory", "status"]).to_pylist():
+                status = Status(row["status"])
+                ends[row["trajectory"]] += status in ENDS
+                if status is Status.SCORED:  # a rewind voids the end before it
+                    ends[row["trajectory"]] -= 1
+        alive = {t for s in STAGES for t in self._by_status[s]}
+        return sum((t in alive) + ends[t] != 1 for t in accepted)
 
     def cursor(self, purpose: str) -> int:
         """The `order` that the next prompt of this purpose gets."""

@@ -1,0 +1,70 @@
+"""The cold start as an actor: supervised training of a policy on synthetic documents, with progress to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+
+@ray.remote
+class ColdStart:
+    """Builds a tiny policy and trains it, in a thread; `progress` answers meanwhile (use `max_concurrency=2`)."""
+
+    def __init__(self) -> None:
+        self._progress: tuple[int, int, str] = (0, 1, "")
+
+    def run(
+        self, folder: str, tiny: Mapping[str, Any], sft: Mapping[str, Any], seed: int, max_tokens: int
+    ) -> dict[str, float]:
+        """Write a cold-started policy into `folder`; returns the last metrics.
+
+        Args:
+            folder: where the policy goes, in Hugging Face form.
+            tiny: size of the model.
+            sft: `documents`, `right`, `epochs`, `documents_per_step`, `lr`, `threads`, `tokens_per_microbatch`.
+            seed: of documents, weights and order.
+            max_tokens: longest answer that a rollout may have; every document must fit.
+        """
+        from learners.sft import build_policy, run_sft
+        from transformers import AutoTokenizer
+
+        from corpus.documents import cold_start
+
+        pairs = [(p.question, text) for p, text in cold_start(sft["documents"], seed, sft["right"])]
+        build_policy(folder, (f"{q}\n{t}" for q, t in pairs), **tiny, seed=seed)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        docs = [
+            (_prompt(tokenizer, q), [*tokenizer.encode(t, add_special_tokens=False), tokenizer.eos_token_id])
+            for q, t in pairs
+        ]
+        longest = max(len(ids) for _, ids in docs)
+        if longest > max_tokens:
+            raise ValueError(
+                f"a cold-start document has {longest} tokens, rollout.max_tokens is {max_tokens}; raise it"
+            )
+        return run_sft(
+            folder,
+            docs,
+            epochs=sft["epochs"],
+            documents_per_step=sft["documents_per_step"],
+            lr=sft["lr"],
+            tokens_per_microbatch=sft["tokens_per_microbatch"],
+            threads=sft["threads"],
+            seed=seed,
+            on_step=self._tell,
+        )
+
+    def progress(self) -> tuple[int, int, str]:
+        """(steps done, steps in all, a note)."""
+        return self._progress
+
+    def _tell(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        self._progress = (done, total, f"loss {metrics['loss']:.3f}")
+
+
+def _prompt(tokenizer: Any, question: str) -> list[int]:
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+    )

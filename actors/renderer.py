@@ -1,0 +1,123 @@
+"""Renderers: claim documents, run their calls on the tool servers, put the outcomes with all pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from actors.serving import Outage, ToolClient
+from actors.worker import StageWorker
+from agent.render import CallOutcome, Made, render
+from agent.spec import ToolSpec
+from replay.record import SCHEMAS, Blob
+
+COLUMNS = ["text", "given"]
+OUTAGE_PAUSE_S = 1.0
+MAX_OUTAGES = 5  # of one document; then it is dropped with the reason, unscored
+
+
+@ray.remote
+class Renderer(StageWorker):
+    """Renders documents, `concurrency` at a time.
+
+    Args:
+        store: handle.
+        pool: name prefix of the Serve applications.
+        tools: tool name -> seconds a call may take.
+        specs: the protocol's tools.
+    """
+
+    stage = "render"
+
+    def __init__(
+        self, store: Any, pool: str, tools: Mapping[str, float], specs: Mapping[str, ToolSpec], concurrency: int = 16
+    ) -> None:
+        super().__init__()
+        self._store, self._specs = store, specs
+        self._tools = {name: ToolClient(pool, name, timeout_s) for name, timeout_s in tools.items()}
+        self._slots = asyncio.Semaphore(concurrency)
+        self._batch = concurrency
+        self._lease_s = 60.0 + 2 * sum(tools.values())
+        self._outages: dict[str, int] = {}
+
+    async def loop(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._slots.acquire()
+                self._slots.release()
+                claim = await self._store.claim.remote(
+                    "generated", limit=self._batch, lease_s=self._lease_s, columns=COLUMNS, wait_s=5.0
+                )
+                if claim is None:
+                    continue
+                rows = claim.rows.to_pylist()
+                self.begin(len(rows))
+                for row in rows:
+                    await self._slots.acquire()
+                    group.create_task(self._render(claim.token, row))
+
+    async def _render(self, token: int, row: dict[str, Any]) -> None:
+        started, name = time.monotonic(), row["trajectory"]
+        try:
+            given = await self._store.blobs.remote(row["given"]) if row["given"] else {}
+            calls, made = await render(row["text"], [given[s] for s in row["given"]], self._run, self._specs)
+        except Outage as outage:
+            await self._outage(token, name, outage)
+        else:
+            self.failed("call", sum(c.status != "ok" for c in calls))
+            key = {k: row[k] for k in ("trajectory", "group", "attempt")} | {"turn": 0}
+            seconds = time.monotonic() - started
+            table = pa.Table.from_pylist(
+                [key | {"calls": [_call_row(c) for c in calls], "finished": True, "seconds": seconds}],
+                SCHEMAS["rendered"],
+            )
+            await self._store.put.remote("rendered", table, made)
+            self.end(1, seconds)
+        finally:
+            self._slots.release()
+
+    async def _run(self, tool: str, params: Mapping[str, Any], images: Sequence[Blob]) -> Made:
+        return await self._tools[tool].run(params, images)
+
+    async def _outage(self, token: int, name: str, outage: Outage) -> None:
+        """Infrastructure failed, not the document: try again later, at last drop it with the reason."""
+        self.failed("infrastructure")
+        self._outages[name] = self._outages.get(name, 0) + 1
+        if self._outages[name] < MAX_OUTAGES:
+            await asyncio.sleep(OUTAGE_PAUSE_S * 2 ** self._outages[name])
+            await self._store.release.remote(token, [name])
+        else:
+            await self._store.ack.remote(token, {name: ("dropped_data", f"{outage} ({MAX_OUTAGES} times)")})
+            self.failed("data")
+        self.end(1)
+
+
+def _call_row(call: CallOutcome) -> dict[str, Any]:
+    return {
+        "source": call.source,
+        "description": call.description,
+        "params": json.dumps(dict(call.params), ensure_ascii=False),
+        "start": call.start,
+        "end": call.end,
+        "status": call.status,
+        "reason": call.reason,
+        "images": list(call.images),
+        "provenance": json.dumps(dict(call.provenance), ensure_ascii=False, default=str),
+        "seconds": call.seconds,
+    }
+
+
+def call_from_row(row: Mapping[str, Any]) -> CallOutcome:
+    """The inverse: a `CallOutcome` from a row of `replay.record.CALL`."""
+    parsed = {
+        "params": json.loads(row["params"]),
+        "provenance": json.loads(row["provenance"]),
+        "images": tuple(row["images"]),
+    }
+    return CallOutcome(**(dict(row) | parsed))

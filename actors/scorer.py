@@ -1,0 +1,125 @@
+"""Scorers: claim rendered documents, ask the judges, put the reward with all its components."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from actors.renderer import call_from_row
+from actors.serving import JudgeClient, Outage
+from actors.worker import StageWorker
+from replay.record import SCHEMAS
+from rewards.base import JudgeFailed, Rendered, Verdict
+from rewards.hybrid import score
+
+COLUMNS = ["question", "text", "calls", "image_num", "tools", "given", "finish"]
+JUDGE_TRIES = 3
+
+
+@ray.remote
+class Scorer(StageWorker):
+    """Scores documents in batches.
+
+    Args:
+        store: handle.
+        pool: name prefix of the Serve applications; its judges are named `text` and `image`.
+        timeout_s: of a judge's answer to one batch.
+        kind: reward that trains the policy: `default` or `published`.
+        multimodal: the policy sees images (the published weights of the text judge differ).
+        batch: most documents a request.
+    """
+
+    stage = "score"
+
+    def __init__(
+        self, store: Any, pool: str, *, timeout_s: float, kind: str, multimodal: bool, batch: int = 16
+    ) -> None:
+        super().__init__()
+        self._store, self._kind, self._multimodal, self._batch = store, kind, multimodal, batch
+        self._text = JudgeClient(pool, "text", timeout_s)
+        self._image = JudgeClient(pool, "image", timeout_s)
+        self._lease_s = 30.0 + 2 * JUDGE_TRIES * timeout_s
+
+    async def loop(self) -> None:
+        while True:
+            claim = await self._store.claim.remote(
+                "rendered", limit=self._batch, lease_s=self._lease_s, columns=COLUMNS, wait_s=5.0
+            )
+            if claim is not None:
+                rows = claim.rows.to_pylist()
+                self.begin(len(rows))
+                await self._score(claim.token, rows)
+
+    async def _score(self, token: int, rows: list[dict[str, Any]]) -> None:
+        started = time.monotonic()
+        docs = await self._documents(rows)
+        pictured = [bool(d.blobs) for d in docs]
+        text, image = await asyncio.gather(
+            self._verdicts(self._text, docs, [True] * len(docs)), self._verdicts(self._image, docs, pictured)
+        )
+        scored, aside = [], {}
+        seconds = (time.monotonic() - started) / len(rows)
+        for row, doc, t, i in zip(rows, docs, text, image, strict=True):
+            if not isinstance(t, Verdict) or isinstance(i, str):
+                aside[row["trajectory"]] = ("set_aside_judge", str(i if isinstance(t, Verdict) else t))
+                continue
+            try:
+                result = score(doc, t, i, self._kind, self._multimodal)
+            except JudgeFailed as failed:  # a verdict of the right type with scores that are none
+                aside[row["trajectory"]] = ("set_aside_judge", str(failed))
+                continue
+            key = {k: row[k] for k in ("trajectory", "group", "attempt")} | {"turn": 0, "seconds": seconds}
+            scored.append(
+                key
+                | {"reward": result.reward, "reward_strict": result.reward_strict, "accurate": result.accurate}
+                | {"components": list(result.components.items())}
+            )
+        if scored:
+            await self._store.put.remote("scored", pa.Table.from_pylist(scored, SCHEMAS["scored"]))
+        if aside:
+            self.failed("judge", len(aside))
+            await self._store.ack.remote(token, aside)
+        self.end(len(rows), seconds)
+
+    async def _documents(self, rows: list[dict[str, Any]]) -> list[Rendered]:
+        calls = [[call_from_row(c) for c in row["calls"]] for row in rows]
+        names = {
+            s for row, cs in zip(rows, calls, strict=True) for s in [*row["given"], *(i for c in cs for i in c.images)]
+        }
+        blobs = await self._store.blobs.remote(sorted(names)) if names else {}
+        return [
+            Rendered(
+                row["question"],
+                row["text"],
+                cs,
+                row["image_num"],
+                tuple(row["tools"]),
+                tuple(blobs[s] for s in row["given"]),
+                {i: blobs[i] for c in cs for i in c.images},
+                row["finish"] == "stop",
+            )
+            for row, cs in zip(rows, calls, strict=True)
+        ]
+
+    async def _verdicts(
+        self, judge: JudgeClient, docs: list[Rendered], wanted: list[bool]
+    ) -> list[Verdict | str | None]:
+        """A verdict a wanted document; those that fail are asked again, and at last stay a reason."""
+        found: list[Verdict | str | None] = [("not judged" if w else None) for w in wanted]
+        for _ in range(JUDGE_TRIES):
+            open_ = [i for i, v in enumerate(found) if isinstance(v, str)]
+            if not open_:
+                break
+            try:
+                answers = await judge.judge([docs[i] for i in open_])
+                if len(answers) != len(open_):
+                    answers = [f"the judge answered {len(answers)} verdicts to {len(open_)} documents"] * len(open_)
+            except Outage as outage:
+                answers = [str(outage)] * len(open_)
+            for i, answer in zip(open_, answers, strict=True):
+                found[i] = answer
+        return found

@@ -1,0 +1,83 @@
+"""What all stage workers share: a loop of claim, work, put that drives itself, and a `ping` that tells how it is.
+
+The first ping starts the loop, so a worker that Ray restarted runs again as soon as the driver's watch finds it. A
+loop that ended in an error makes every later ping raise it: the driver then knows who failed and why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from actors import metrics
+
+
+class StageWorker:
+    """Base of the rollout worker, renderer and scorer: async Ray actors.
+
+    Attributes:
+        stage: its name in metrics.
+        totals: counters since it started: `rows_in`, `rows_out`, `busy_s`, `tokens`, and failures by class.
+    """
+
+    stage = ""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = defaultdict(float)
+        self._started = time.monotonic()
+        self._main: asyncio.Task[None] | None = None
+        self._active = 0
+        self._active_since = 0.0
+
+    async def setup(self) -> None:
+        """What must be done once before the loop."""
+
+    async def loop(self) -> None:
+        """Claim, work, put; for ever."""
+        raise NotImplementedError
+
+    async def ping(self) -> dict[str, float]:
+        """Start the loop if it does not run; say how it is. Raises what ended the loop."""
+        if self._main is None:
+            await self.setup()
+            self._started = time.monotonic()
+            self._main = asyncio.create_task(self.loop())
+        if self._main.done():
+            self._main.result()
+            raise RuntimeError(f"the loop of {self.stage} ended")
+        return {**self.totals, "alive_s": time.monotonic() - self._started, "busy_s": self._busy()}
+
+    async def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function on this worker (what `FaultTolerantActorManager` asks of an actor)."""
+        return func(self, *args, **kwargs)
+
+    def begin(self, rows: int) -> None:
+        """Rows were claimed."""
+        if not self._active:
+            self._active_since = time.monotonic()
+        self._active += rows
+        self.totals["rows_in"] += rows
+        metrics.count("rows_in", rows, stage=self.stage)
+
+    def end(self, rows: int, seconds: float | None = None) -> None:
+        """Rows were put, dropped or released."""
+        self._active -= rows
+        if not self._active:
+            busy = time.monotonic() - self._active_since
+            self.totals["busy_s"] += busy
+            metrics.count("busy_seconds", busy, stage=self.stage)
+        self.totals["rows_out"] += rows
+        metrics.count("rows_out", rows, stage=self.stage)
+        if seconds is not None:
+            metrics.observe("seconds", seconds, stage=self.stage)
+
+    def failed(self, kind: str, rows: int = 1) -> None:
+        """Count failures of a class: infrastructure, data, judge or call."""
+        self.totals[kind] += rows
+        metrics.count("failures", rows, stage=self.stage, kind=kind)
+
+    def _busy(self) -> float:
+        return self.totals["busy_s"] + (time.monotonic() - self._active_since if self._active else 0.0)

@@ -1,0 +1,1 @@
+"""What the agent is: its system prompt, the tag protocol, the document."""

@@ -1,0 +1,1 @@
+"""Where it runs: command line, config, driver, Serve application, dashboards."""

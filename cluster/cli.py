@@ -1,0 +1,110 @@
+"""The command line: one command, `llmi`. Exit status 0 done, 1 it failed, 2 wrong usage or config."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.config import Config, ConfigError, load
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML config, such as examples/tiny.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as learner.steps=10")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option(help="show tracebacks")] = False) -> None:
+    """llmi: trains and runs agents that write documents with pictures."""
+    os.environ["LLMI_DEBUG"] = "1" if debug else ""
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="go on from the run folder's last checkpoint")] = False,
+    dry_run: Annotated[bool, typer.Option(help="print the config and where everything goes; start nothing")] = False,
+) -> None:
+    """Train a policy by reinforcement learning (cold-starts it first if it does not exist yet)."""
+    run = load(config, overrides or [])
+    if dry_run:
+        _dry_run(run)
+        return
+    from cluster import train as driver
+
+    summary = driver.train(run, resume)
+    _print_summary(summary, run)
+
+
+@app.command()
+def sft(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Cold start: build the config's tiny policy and train it on synthetic documents."""
+    run = load(config, overrides or [])
+    from cluster.cold_start import cold_start
+    from cluster.pools import init_ray
+
+    init_ray()
+    print(f"policy in {cold_start(run, run.folder / 'start')}")
+
+
+@app.command()
+def doctor(fix: Annotated[bool, typer.Option(help="mend what can be mended")] = False) -> None:
+    """Say what is wrong with this machine, in plain words."""
+    from cluster import doctor as doc
+
+    raise typer.Exit(doc.run(fix))
+
+
+def _dry_run(run: Config) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cluster.pools import placement
+
+    print(run.dump())
+    table = Table("actor", "number", "CPU each", "GPU each", "other", title="placement")
+    rows = placement(run)
+    for name, n, r in rows:
+        table.add_row(name, str(n), f"{r.cpus:g}", f"{r.gpus:g}", str(r.resources or ""))
+    table.add_section()
+    table.add_row(
+        "all",
+        str(sum(n for _, n, _ in rows)),
+        *(f"{sum(n * getattr(r, k) for _, n, r in rows):g}" for k in ("cpus", "gpus")),
+    )
+    Console().print(table)
+
+
+def _print_summary(summary: dict, run: Config) -> None:
+    if "reward_before" in summary:
+        print(f"reward         {summary['reward_before']:.3f} -> {summary['reward_after']:.3f}")
+        print(f"tool accuracy  {summary['tool_accuracy_before']:.3f} -> {summary['tool_accuracy_after']:.3f}")
+    print(f"{summary['steps']} steps in {summary['wall_s']:.0f} s, at most {summary['peak_pss_mib']} MiB of memory")
+    print(f"{summary['trajectories_trained']} documents trained, {summary['trajectories_lost']} lost")
+    print(f"report  {run.folder / 'report.html'}\npolicy  {run.folder / 'policy'}")
+
+
+def main() -> None:
+    """Entry point: turns errors into one clear line on stderr."""
+    try:
+        app(standalone_mode=True)
+    except ConfigError as error:
+        print(f"llmi: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("llmi: interrupted; `llmi train CONFIG --resume` goes on", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("LLMI_DEBUG"):
+            raise
+        print(f"llmi: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""`llmi sft`: builds and cold-starts a tiny policy, once; a folder that holds a whole policy is left as it is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.cold_start import ColdStart
+from cluster.config import Config, ConfigError
+from cluster.console import Progress, say
+from cluster.pools import PING_S, RunFailed, actor_options
+
+
+def cold_start(config: Config, folder: Path) -> str:
+    """Make the policy of a config in `folder` if it is not there yet; returns the folder.
+
+    Raises:
+        ConfigError: the config has nothing to cold-start.
+        RunFailed: it failed.
+    """
+    if config.policy.tiny is None or config.sft is None:
+        raise ConfigError("a cold start needs policy.tiny and an sft section")
+    if (folder / "model.safetensors").exists():
+        return str(folder)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    say(f"cold start: {config.sft.documents} synthetic documents, right {config.sft.right:.0%} of the time")
+    options = actor_options(config.learner, config.sft.threads)
+    cls: Any = ColdStart
+    actor = cls.options(**options, max_concurrency=2).remote()
+    run = actor.run.remote(
+        str(unfinished),
+        config.policy.tiny.model_dump(),
+        config.sft.model_dump(),
+        config.seed,
+        config.rollout.max_tokens,
+    )
+    progress = Progress("cold start step", 1)
+    try:
+        while not ray.wait([run], timeout=1.0)[0]:
+            progress.show_of(*ray.get(actor.progress.remote(), timeout=PING_S))
+        ray.get(run)
+        progress.show_of(*ray.get(actor.progress.remote(), timeout=PING_S))
+    except ray.exceptions.RayTaskError as error:
+        raise RunFailed(f"the cold start failed: {error.cause!r}") from error
+    finally:
+        ray.kill(actor)
+    unfinished.rename(folder)
+    return str(folder)

@@ -1,0 +1,251 @@
+"""The config: one YAML file, validated whole before anything starts. An unknown key is an error that names the nearest.
+
+vLLM's and DeepSpeed's own options pass through untouched under `rollout.engine` and `learner.deepspeed`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigError(ValueError):
+    """The config is wrong; the message says which key, why, and what would be right."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Resources(_Section):
+    """What one actor or replica asks Ray for."""
+
+    cpus: float = Field(0.1, ge=0)
+    gpus: float = Field(0.0, ge=0)
+    resources: dict[str, float] = {}
+
+
+class Prompts(_Section):
+    """Prompt sets: `builtin:grammar`, or a .parquet or .jsonl file with the columns of docs/prompts.md."""
+
+    train: str = "builtin:grammar"
+    count: int = Field(4000, gt=0, description="training prompts taken")
+    heldout: str | None = Field("builtin:grammar", description="never trained on; measured before and after")
+    unseen: str | None = Field(None, description="a second set, reported beside")
+    heldout_count: int = Field(200, gt=0)
+
+
+class TinyPolicy(_Section):
+    """Size of a Llama that is built and cold-started here."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    layers: int = 4
+    heads: int = 4
+
+
+class Policy(_Section):
+    """The model that learns: `path` (folder or hub name), or a `tiny` one that is built on first use."""
+
+    path: str | None = None
+    tiny: TinyPolicy | None = None
+    system_prompt: Literal["none", "protocol"] = "protocol"
+    multimodal: bool = False
+
+
+class Sft(_Section):
+    """The cold start."""
+
+    documents: int = Field(6000, gt=0)
+    right: float = Field(0.5, ge=0, le=1, description="share of documents with the right plan of tools")
+    epochs: float = Field(4.0, gt=0)
+    documents_per_step: int = Field(32, gt=0)
+    lr: float = Field(2e-3, gt=0)
+    threads: int = Field(2, gt=0)
+    tokens_per_microbatch: int = Field(4096, gt=0)
+
+
+class Rollout(Resources):
+    """vLLM workers."""
+
+    workers: int = Field(1, gt=0)
+    concurrency: int = Field(64, gt=0, description="samples under way in one worker")
+    max_tokens: int = Field(256, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    threads: int = Field(1, gt=0)
+    engine: dict[str, Any] = {}
+
+
+class ToolPool(Resources):
+    """One tool as a Serve deployment; `options` go to the tool's constructor."""
+
+    replicas: int = Field(1, gt=0)
+    concurrency: int = Field(8, gt=0)
+    timeout_s: float = Field(30.0, gt=0)
+    options: dict[str, Any] = {}
+
+
+class JudgePool(Resources):
+    """One judge as a Serve deployment: `judge` is `module:class`."""
+
+    judge: str
+    replicas: int = Field(1, gt=0)
+    concurrency: int = Field(8, gt=0)
+    timeout_s: float = Field(60.0, gt=0)
+    options: dict[str, Any] = {}
+
+
+class Judges(_Section):
+    text: JudgePool = JudgePool(judge="rewards.judges.rubric:RubricTextJudge")
+    image: JudgePool = JudgePool(judge="rewards.judges.rubric:RubricImageJudge")
+
+
+class Reward(_Section):
+    kind: Literal["default", "published"] = "default"
+    shuffled: bool = Field(False, description="control: rewards are dealt to other prompts' documents")
+
+
+class Workers(Resources):
+    """Renderers or scorers."""
+
+    workers: int = Field(1, gt=0)
+    concurrency: int = Field(16, gt=0)
+
+
+class Learner(Resources):
+    """DeepSpeed ranks and the recipe."""
+
+    ranks: int = Field(1, gt=0)
+    threads: int = Field(1, gt=0)
+    steps: int = Field(gt=0)
+    prompts_per_step: int = Field(gt=0)
+    samples_per_prompt: int = Field(gt=1)
+    updates_per_step: int = Field(1, gt=0, description="minibatches that a step's groups are dealt into")
+    tokens_per_microbatch: int = Field(4096, gt=0)
+    max_staleness: int = Field(1, ge=0)
+    loss: str = "grpo"
+    loss_options: dict[str, Any] = {}
+    advantage: str = "grpo"
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    grad_clip: float = Field(1.0, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    zero_stage: Literal[1, 2, 3] = 2
+    deepspeed: dict[str, Any] = {}
+    checkpoint_every: int = Field(20, gt=0)
+    keep: int = Field(2, gt=0)
+
+
+class Config(_Section):
+    """A run."""
+
+    name: str
+    run_dir: str = "runs"
+    pool: str | None = Field(None, description="attach to the running tool and judge servers of this name")
+    seed: int = 0
+    stall_s: float = Field(600.0, gt=0, description="seconds without an optimiser step after which a run gives up")
+    prompts: Prompts = Prompts()
+    policy: Policy
+    sft: Sft | None = None
+    rollout: Rollout = Rollout()
+    tools: dict[str, ToolPool] = {n: ToolPool() for n in ("search", "diffusion", "code", "edit")}
+    judges: Judges = Judges()
+    reward: Reward = Reward()
+    render: Workers = Workers()
+    score: Workers = Workers()
+    learner: Learner
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, absolute: under `ray job submit` the working directory is thrown away."""
+        return (Path(self.run_dir) / self.name).expanduser().absolute()
+
+    def dump(self) -> str:
+        """The resolved config as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file and apply `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {path}; examples/ holds some") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold keys and values, it holds {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+    _check(config, path)
+    return config
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} must read key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not keys")
+    raw[last] = yaml.safe_load(value)
+
+
+def _check(config: Config, path: str | Path) -> None:
+    """What one field cannot see by itself."""
+    if (config.policy.path is None) == (config.policy.tiny is None):
+        raise ConfigError(f"{path}: policy needs one of `path` (a model) and `tiny` (one to build)")
+    if config.policy.tiny and config.sft is None:
+        raise ConfigError(f"{path}: a tiny policy knows nothing yet: add an `sft` section")
+    if config.learner.prompts_per_step % config.learner.updates_per_step:
+        raise ConfigError(f"{path}: learner.prompts_per_step must be a multiple of learner.updates_per_step")
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        keys = [str(p) for p in problem["loc"]]
+        where = ".".join(keys)
+        if problem["type"] == "extra_forbidden":
+            known = _fields(keys[:-1])
+            near = difflib.get_close_matches(keys[-1], known, 1, 0.4)
+            yield f"unknown key {where!r}" + (
+                f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"
+            )
+        else:
+            given = f", not {problem['input']!r}" if problem["type"] != "missing" else ""
+            yield f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}"
+
+
+def _fields(keys: Sequence[str]) -> list[str]:
+    """Names of the fields of the section at `keys`; keys of a mapping (a tool's name) are stepped over."""
+    section: type[BaseModel] = Config
+    for key in keys:
+        if key in section.model_fields:
+            section = next(iter(_models(section.model_fields[key].annotation)), section)
+    return list(section.model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in getattr(annotation, "__args__", ()) for m in _models(a)]

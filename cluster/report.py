@@ -1,0 +1,122 @@
+"""`report.html` of a run: what changed, learning curves, a table per kind of prompt, documents before and after.
+
+One file, no network, made from the run folder alone; so it can be made again at any time.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from actors.renderer import call_from_row
+from agent.document import render_html
+from cluster.run_folder import RunFolder
+from cluster.run_folder import write as write_file
+from evals.heldout import COLUMNS, class_of
+from replay.store import Store
+
+PAIRS_PER_CLASS = 2
+_CLASSES = {
+    "search": "a real picture",
+    "diffusion": "an invented scene",
+    "code": "a chart",
+    "edit": "a changed picture",
+    "several": "several pictures",
+    "none": "no picture",
+}
+#: (title, unit, metrics.jsonl keys) of each chart.
+_CURVES = [
+    ("Reward", "0 to 1", ["reward"]),
+    ("Parts of the reward", "0 to 1", ["reward/rule", "reward/coverage", "reward/precision", "reward/r_llm"]),
+    ("Seconds a step", "s", ["step_s", "wait_s", "forward_backward_s"]),
+    ("Staleness", "optimiser steps", ["staleness", "staleness_max"]),
+    ("Tokens an answer", "tokens", ["response_tokens"]),
+    ("Policy against sampler", "KL, nats", ["kl_behaviour"]),
+]
+
+
+def write(folder: RunFolder) -> None:
+    """Write the report of a finished run."""
+    summary, steps = json.loads(folder.summary.read_text()), folder.steps()
+    store = Store(folder.replay)
+    try:
+        pairs = _pairs(store)
+    finally:
+        store.close()
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
+    )
+    page = environment.get_template("report.html").render(
+        s=summary, classes=_CLASSES, curves=_curves(steps), pairs=pairs, shown=_CLASSES, percent="{:.1%}".format
+    )
+    write_file(folder.report, page)
+
+
+def _pairs(store: Store) -> list[dict[str, Any]]:
+    """Some held-out prompts of each kind, with the documents written before and after."""
+    before, after = (
+        {r["trajectory"].split("-", 1)[1]: r for r in _rows(store, f"{when}-heldout")} for when in ("before", "after")
+    )
+    common = sorted(before.keys() & after.keys())
+    random.Random(0).shuffle(common)
+    chosen = [
+        name for kind in _CLASSES for name in [n for n in common if class_of(before[n]) == kind][:PAIRS_PER_CLASS]
+    ]
+    show = partial(_document, store)
+    return [
+        {
+            "kind": class_of(before[n]),
+            "question": before[n]["question"],
+            "before": show(before[n]),
+            "after": show(after[n]),
+        }
+        for n in chosen
+    ]
+
+
+def _rows(store: Store, purpose: str) -> list[dict[str, Any]]:
+    rows = store.get(store.find(purpose, ["scored"]), COLUMNS).to_pylist()
+    return [r for r in rows if r["text"] is not None]
+
+
+def _document(store: Store, row: dict[str, Any]) -> dict[str, Any]:
+    calls = [call_from_row(c) for c in row["calls"]]
+    blobs = store.blobs({*row["given"], *(i for c in calls for i in c.images)})
+    html = render_html(row["text"], calls, blobs, [blobs[s] for s in row["given"]])
+    return {"html": html, "right": row["accurate"], "reward": row["reward_strict"]}
+
+
+def _curves(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """Charts as inline SVG."""
+    from matplotlib.figure import Figure
+
+    out = []
+    for title, unit, keys in _CURVES:
+        keys = [k for k in keys if steps and k in steps[0]]
+        if not keys:
+            continue
+        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+        axes = figure.subplots()
+        for key in keys:
+            axes.plot(
+                [s["step"] for s in steps], [s[key] for s in steps], label=key.removeprefix("reward/"), linewidth=1.4
+            )
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_ylabel(unit, fontsize=8)
+        axes.set_xlabel("optimiser step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(keys) > 1:
+            axes.legend(fontsize=7, frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        out.append("<svg" + buffer.getvalue().partition("<svg")[2])
+    return out

@@ -1,0 +1,179 @@
+"""The driver: a run from prompts to a better policy. It builds the pools, watches them, measures before and after.
+
+It never carries a row: workers move those among themselves through the store. It is a plain `ray.tune.Trainable`, in
+which one iteration is one optimiser step.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from cluster import report
+from cluster.cold_start import cold_start
+from cluster.config import Config
+from cluster.console import Progress, say
+from cluster.memory import PeakMemory
+from cluster.pools import PING_S, Pools, RunFailed, init_ray
+from cluster.run_folder import RunFolder
+from corpus import keywords, prompts
+from evals.heldout import COLUMNS, summarise
+from replay.record import version
+from replay.store import Store
+
+
+def train(config: Config, resume: bool = False) -> dict[str, Any]:
+    """Run a config to its end; returns the summary. Raises RunFailed."""
+    started = time.monotonic()
+    init_ray()
+    session = ray._private.worker._global_node.get_session_dir_path()
+    with PeakMemory(session) as memory:
+        trainer = Trainer({"config": config.model_dump(), "resume": resume})
+        try:
+            while not trainer.train()["done"]:
+                pass
+            summary = trainer.finish()
+        finally:
+            trainer.stop()
+    summary |= {"wall_s": round(time.monotonic() - started, 1), "peak_pss_mib": round(memory.peak_mib)}
+    trainer.folder.summarise(summary)
+    report.write(trainer.folder)
+    return summary
+
+
+class Trainer(tune.Trainable):
+    """One run. `setup` starts everything and measures the policy before; `step` waits for one optimiser step."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.run = Config.model_validate(config["config"])
+        self.folder = RunFolder(self.run.folder)
+        self.folder.open(self.run, config.get("resume", False))
+        self._sets = {name: self._prompts(name) for name in ("train", "heldout", "unseen")}
+        checkpoint = self.folder.checkpoint()
+        self._done = checkpoint["step"] if checkpoint else 0
+        self.folder.rewind(self._done)
+        model = self.run.policy.path or cold_start(self.run, self.folder.start)
+        self._incarnation = self.folder.next_incarnation()
+        say(f"starting tool servers, judges, rollout workers and learner of {self.run.name!r}")
+        self._pools = Pools(self.run, model, self._sets["train"], self._incarnation, checkpoint)
+        self._pools.start()
+        self._rows: list[dict[str, Any]] = []
+        self._fetched = 0
+        if self._done == 0:
+            self._measure("before")
+        self._pools.begin()
+        self._progress = Progress("optimiser step", self.run.learner.steps)
+        self._moved = time.monotonic()
+
+    def step(self) -> dict[str, Any]:
+        if self._done >= self.run.learner.steps:
+            return {"done": True}
+        row = self._next_row()
+        self._done = row["step"]
+        self.folder.log(row)
+        note = f"reward {row['reward']:.3f}  {row['step_s']:.1f} s (waited {row['wait_s']:.1f})"
+        self._progress.show(self._done, note)
+        return row | {"done": self._done >= self.run.learner.steps}
+
+    def finish(self) -> dict[str, Any]:
+        """Measure after, export the policy, check the store; returns the summary."""
+        final = version(self._incarnation, self._done)
+        self._pools.wait_for_version(final)
+        self._pools.focus("after-heldout")
+        self._measure("after")
+        ray.get([rank.export.remote(str(self.folder.policy)) for rank in self._pools.learners], timeout=600)
+        watched = self._pools.watch()
+        self._pools.stop()
+        return self._summary(watched, final)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """A Tune checkpoint is a pointer to our manifest."""
+        (Path(checkpoint_dir) / "run.txt").write_text(str(self.folder.root))
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing to load: `setup` with `resume` reads the manifest itself."""
+
+    def cleanup(self) -> None:
+        self._pools.stop()
+
+    def _next_row(self) -> dict[str, Any]:
+        """Wait for one optimiser step, watching everyone meanwhile."""
+        while not self._rows:
+            self._rows = ray.get(self._pools.learners[0].history.remote(self._fetched), timeout=PING_S)
+            self._fetched += len(self._rows)
+            if self._rows:
+                self._moved = time.monotonic()
+                break
+            stages = self._pools.watch()
+            if time.monotonic() - self._moved > self.run.stall_s:
+                raise RunFailed(self._stalled(stages))
+            time.sleep(0.5)
+        return self._rows.pop(0)
+
+    def _stalled(self, stages: dict[str, Any]) -> str:
+        state = ray.get(self._pools.store.state.remote("train"), timeout=PING_S)
+        kinds = ("infrastructure", "judge", "data")
+        failures = {s: {k: int(w[k]) for w in ws for k in kinds if w.get(k)} for s, ws in stages.items()}
+        return (
+            f"the learner waited {self.run.stall_s:g} s for {self.run.learner.prompts_per_step} complete groups; "
+            f"the store holds {state['counts']}; failures: { ({s: f for s, f in failures.items() if f} or 'none') }"
+        )
+
+    def _prompts(self, name: str) -> list[Any]:
+        c = self.run.prompts
+        source = {"train": c.train, "heldout": c.heldout, "unseen": c.unseen}[name]
+        if source is None:
+            return []
+        n = c.count if name == "train" else c.heldout_count
+        found, problems = prompts.load(source, name, n, self.run.seed)
+        for problem in problems:
+            say(f"skipped a prompt: {problem}")
+        return found
+
+    def _measure(self, when: str) -> None:
+        for name in ("heldout", "unseen"):
+            if self._sets[name]:
+                purpose = f"{when}-{name}"
+                if when == "after":
+                    self._pools.focus(purpose)
+                progress = Progress(f"documents {when} training, {name} prompts", len(self._sets[name]))
+                self._pools.evaluate(purpose, self._sets[name], progress.show_of)
+
+    def _summary(self, stages: dict[str, Any], final: int) -> dict[str, Any]:
+        store = Store(self.folder.replay)
+        try:
+            found = {
+                p: summarise(store.get(store.find(p), COLUMNS).to_pylist())
+                for when in ("before", "after")
+                for p in (f"{when}-heldout", f"{when}-unseen")
+                if store.find(p)
+            }
+            groups, counts = store.groups("train"), store.counts("train")
+            lost = store.lost("train")
+        finally:
+            store.close()
+        before, after = found.get("before-heldout"), found.get("after-heldout")
+        out: dict[str, Any] = {"name": self.run.name, "seed": self.run.seed, "steps": self._done}
+        if before and after:
+            out |= {
+                f"{k}_{w}": s[k] for k in ("reward", "tool_accuracy") for w, s in (("before", before), ("after", after))
+            }
+            out["keyword_rule_accuracy"] = keywords.accuracy(self._sets["heldout"])
+        out |= {
+            "policy_version": f"{self._incarnation}.{self._done}",
+            "trajectories_trained": counts.get("trained", 0),
+            "trajectories_lost": lost,
+            "groups": groups,
+            "evaluations": found,
+            "idle": {s: _idle(ws) for s, ws in stages.items() if ws},
+        }
+        return out
+
+
+def _idle(workers: list[dict[str, float]]) -> float:
+    """Share of the time in which a stage's workers had nothing to do."""
+    return round(1 - sum(w["busy_s"] for w in workers) / max(sum(w["alive_s"] for w in workers), 1e-9), 3)

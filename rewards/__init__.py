@@ -1,0 +1,1 @@
+"""What is good: rules, judges with their rubrics, and the hybrid sum."""

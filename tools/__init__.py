@@ -1,0 +1,1 @@
+"""What the agent can call. One small interface (`tools.base`); each tool is one file."""
