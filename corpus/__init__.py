@@ -1,0 +1,1 @@
+"""What it learns from: prompt sets, their synthesis, the built-in pictures."""

@@ -1,0 +1,1 @@
+"""Judges. One file each; all follow `rewards.base.Judge`."""

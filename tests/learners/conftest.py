@@ -1,0 +1,61 @@
+"""A tiny policy on disk and samples for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from learners.packing import Sample
+
+VOCAB = 96
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 0.1 M parameters with a tied head."""
+    path = tmp_path_factory.mktemp("policy")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def samples() -> list[Sample]:
+    return make_samples(12, seed=3)
+
+
+def make_samples(count: int, seed: int) -> list[Sample]:
+    """Random samples of unlike lengths, weights and masks."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        prompt, said = rng.integers(1, 9), rng.integers(1, 17)
+        mask = rng.random(said) < 0.8
+        mask[0] = True
+        made.append(
+            Sample(
+                rng.integers(0, VOCAB, prompt),
+                rng.integers(0, VOCAB, said),
+                rng.normal(-4.0, 0.5, said),
+                mask,
+                advantage=float(rng.normal()),
+                weight=float(rng.choice([0.5, 1.0])),
+            )
+        )
+    return made

@@ -1,0 +1,140 @@
+"""The `code` tool: runs model-written plotting code in a jailed process of its own and returns its figures.
+
+Each call is a child of a warm zygote (tools/sandbox.py, tools/zygote.py), confined by tools/jail.py, in a folder of
+its own that is deleted afterwards. Nothing of this process's environment reaches it. Whatever the code does (raise,
+loop, flood, crash, end its process) fails that call and no other. The same code gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import signal
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agent.spec import PUBLISHED
+from replay.record import Blob
+from tools.base import CallFailed, ToolResult
+from tools.sandbox import FRAME, Reply, Sandbox
+
+_MAX_CODE = 256 << 10  # characters
+_MAX_PIXELS = 16_000_000  # a figure
+
+
+class CodeTool:
+    """Draws with matplotlib code. `run` may be called from several threads at once.
+
+    Args:
+        timeout_s: wall time of one call, from its first line of code to its last figure.
+        memory_mib: address space of one call beyond that of the imported libraries.
+        dpi: dots per inch of every figure, whatever the code asks for.
+        figsize: width and height in inches of a figure for which the code asks for none.
+        max_figures: figures returned by one call, in the order of their numbers; further ones are left out.
+        max_output_bytes: encoded size of all figures of one call.
+    """
+
+    spec = PUBLISHED["code"]
+
+    def __init__(
+        self,
+        timeout_s: float = 10,
+        memory_mib: int = 1024,
+        dpi: int = 72,
+        figsize: tuple[float, float] = (4.8, 3.2),
+        max_figures: int = 8,
+        max_output_bytes: int = 32 << 20,
+    ):
+        self._timeout_s, self._memory_mib, self._max_bytes = timeout_s, memory_mib, max_output_bytes
+        self._options = {
+            "memory_mib": memory_mib,
+            "cpu_s": int(timeout_s) + 2,  # of all its threads; one thread is stopped by the wall time before
+            "dpi": dpi,
+            "figsize": figsize,
+            "max_figures": max_figures,
+            "max_pixels": _MAX_PIXELS // 4,  # a figure grows to fourfold at most, if its labels need it
+        }
+        self._sandbox = Sandbox()
+
+    def run(self, params: Mapping[str, Any], images: Sequence[Blob] = ()) -> ToolResult:
+        """Run `params["code"]` and return its open figures as PNG; provenance: `figures`, and `left_out` if any were.
+
+        Raises:
+            CallFailed: the code failed; the reason names its line and the error.
+            RuntimeError: the sandbox failed, or is closed.
+        """
+        code = params["code"]
+        if len(code) > _MAX_CODE:
+            raise CallFailed(f"the code is {len(code)} characters long: at most {_MAX_CODE} are run")
+        reply = self._sandbox.call({**self._options, "code": code}, self._timeout_s, self._max_bytes)
+        figures, drawn = self._figures(reply)
+        provenance = {"figures": len(figures)} | ({"left_out": drawn - len(figures)} if drawn > len(figures) else {})
+        return ToolResult(tuple(Blob(f) for f in figures), provenance)
+
+    def close(self) -> None:
+        """End the zygote and everything it runs; later calls raise."""
+        self._sandbox.close()
+
+    def _figures(self, reply: Reply) -> tuple[list[bytes], int]:
+        if reply.stopped == "time":
+            raise CallFailed(f"the code ran longer than {self._timeout_s:g} s and was stopped")
+        if reply.stopped == "size":
+            raise CallFailed(f"the figures take more than {self._max_bytes / 2**20:g} MiB: draw fewer or smaller ones")
+        try:
+            figures, reason, drawn = parse(reply.frames)
+        except ValueError as error:
+            raise CallFailed(f"the code wrote into the channel that carries its figures ({error})") from error
+        if reason:
+            raise CallFailed(f"{reason} (the limit is {self._memory_mib} MiB)" if "MemoryError" in reason else reason)
+        if drawn is None:
+            raise CallFailed(f"{_ending(reply.exit_code or 0)}{_quote(reply)}")
+        if not figures:
+            raise CallFailed(f"the code drew no figure, or closed it{_quote(reply)}")
+        return figures, drawn
+
+
+def parse(frames: bytes | bytearray) -> tuple[list[bytes], str, int | None]:
+    """Read a child's frames: its figures, the reason of its failure, the number of figures it drew (None: not told).
+
+    Raises:
+        ValueError: they are not what the zygote writes.
+    """
+    figures: list[bytes] = []
+    reason, drawn, at = "", None, 0
+    while at < len(frames):
+        if at + FRAME.size > len(frames):
+            raise ValueError("half a frame")
+        kind, size = FRAME.unpack_from(frames, at)
+        at += FRAME.size + size
+        payload = bytes(frames[at - size : at])
+        if kind not in b"CFED" or at > len(frames):
+            raise ValueError(f"unknown frame {kind!r}" if kind not in b"CFED" else "half a frame")
+        if kind == b"F":
+            _check_png(payload)
+            figures.append(payload)
+        elif kind == b"E":
+            reason = payload.decode()
+        elif kind == b"D":
+            drawn = int(payload)
+    return figures, reason, drawn
+
+
+def _check_png(data: bytes) -> None:
+    """The code may have sent it itself: what follows trusts its size."""
+    if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
+        raise ValueError("a figure is not a PNG")
+    width, height = struct.unpack("!II", data[16:24])
+    if not 0 < width * height <= _MAX_PIXELS:
+        raise ValueError(f"a figure of {width} x {height} pixels")
+
+
+def _ending(exit_code: int) -> str:
+    if exit_code == -signal.SIGXCPU:
+        return "the code used too much CPU time and was stopped"
+    if exit_code < 0:
+        return f"the code's process was ended by a signal ({signal.strsignal(-exit_code)})"
+    return f"the code ended its process (exit status {exit_code}) before its figures were saved"
+
+
+def _quote(reply: Reply) -> str:
+    printed = reply.printed.decode(errors="replace").strip()[-300:]
+    return f"; it printed: {printed}" if printed else ""
