@@ -44,24 +44,28 @@ class ColdStart:
             raise ValueError(
                 f"a cold-start document has {longest} tokens, rollout.max_tokens is {max_tokens}; raise it"
             )
+        steps = max(1, round(sft["epochs"] * len(docs) / sft["documents_per_step"]))
+        self._progress = (0, steps, "")
         return run_sft(
             folder,
+            folder,
             docs,
-            epochs=sft["epochs"],
-            documents_per_step=sft["documents_per_step"],
+            max_steps=steps,
+            docs_per_step=sft["documents_per_step"],
             lr=sft["lr"],
+            dtype=sft["dtype"],
             tokens_per_microbatch=sft["tokens_per_microbatch"],
             threads=sft["threads"],
             seed=seed,
-            on_step=self._tell,
+            progress=lambda row: self._tell(row, steps),
         )
 
     def progress(self) -> tuple[int, int, str]:
         """(steps done, steps in all, a note)."""
         return self._progress
 
-    def _tell(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        self._progress = (done, total, f"loss {metrics['loss']:.3f}")
+    def _tell(self, row: Mapping[str, float], steps: int) -> None:
+        self._progress = (int(row["step"]), steps, f"loss {row['loss']:.3f}")
 
 
 def _prompt(tokenizer: Any, question: str) -> list[int]:

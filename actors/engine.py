@@ -43,11 +43,12 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        cpu = (
-            {}
-            if torch.cuda.is_available()
-            else {"distributed_executor_backend": "uni", "enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}
-        )
+        cpu = {
+            "distributed_executor_backend": "uni",
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            "enable_chunked_prefill": False,  # a chunk of a seeded request ends in "CPU Generator does not use offset"
+        }
         ours = {
             "model": model,
             "logprobs_mode": "processed_logprobs",  # those that were sampled from
@@ -56,7 +57,7 @@ class Engine:
             "enable_log_requests": False,
         }
         self.version = version
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(ours | cpu | dict(options))))
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(ours | ({} if torch.cuda.is_available() else cpu) | dict(options))))
         self.tokenizer = self._llm.get_tokenizer()
 
     async def start(self) -> None:
@@ -66,6 +67,12 @@ class Engine:
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         await self._llm.update_weight_version(str(self.version))
         await self.complete("warm-up", [self.tokenizer.bos_token_id or 0], {"max_tokens": 8})
+
+    def prompt_ids(self, question: str, system: str = "") -> list[int]:
+        """Tokens of a prompt up to where the answer begins: the question, after the system prompt if there is one."""
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     async def complete(self, request: str, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Completion:
         """Sample one answer.

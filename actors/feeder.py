@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray
 
 from actors.worker import StageWorker
+from corpus import prompts
 from replay.record import SCHEMAS, Blob, Prompt, updates
 
 
@@ -24,7 +25,7 @@ class Feeder(StageWorker):
 
     Args:
         store, hub: handles.
-        prompts: the training set.
+        source, count: of the training set (`corpus.prompts.load`).
         samples: trajectories a group.
         prompts_per_step, max_staleness: of the learner.
         steps: optimiser steps of the run; no more groups are accepted than it can use.
@@ -38,7 +39,8 @@ class Feeder(StageWorker):
         store: Any,
         hub: Any,
         *,
-        prompts: Sequence[Prompt],
+        source: str,
+        count: int,
         samples: int,
         prompts_per_step: int,
         max_staleness: int,
@@ -46,7 +48,8 @@ class Feeder(StageWorker):
         seed: int,
     ) -> None:
         super().__init__()
-        self._store, self._hub, self._prompts, self._samples, self._seed = store, hub, prompts, samples, seed
+        self._store, self._hub, self._samples, self._seed = store, hub, samples, seed
+        self._prompts = prompts.load(source, "train", count, seed).prompts
         self._per_step, self._staleness, self._steps = prompts_per_step, max_staleness, steps
 
     async def loop(self) -> None:
@@ -67,9 +70,9 @@ class Feeder(StageWorker):
                 self.begin(1)
                 self.end(1)
 
-    async def accept(self, purpose: str, prompts: Sequence[Prompt]) -> None:
+    async def accept(self, purpose: str, accepted: Sequence[Prompt]) -> None:
         """Accept an evaluation's prompts, one sample each. Those that the store already has stay as they are."""
-        for order, prompt in enumerate(prompts):
+        for order, prompt in enumerate(accepted):
             rows, blobs = group_rows(prompt, purpose, order, 1, self._seed)
             await self._store.put.remote("pending", rows, blobs)
 

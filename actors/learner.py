@@ -102,7 +102,9 @@ class LearnerRank:
     def ping(self) -> dict[str, float]:
         """How it is; raises what ended it."""
         if self._error is not None:
-            raise RuntimeError(f"learner rank {self._rank} failed at step {self._step}") from self._error
+            raise RuntimeError(
+                f"learner rank {self._rank} failed after step {self._step}: {type(self._error).__name__}: {self._error}"
+            ) from self._error
         return self._totals | {"step": self._step, "alive_s": time.monotonic() - self._since}
 
     def apply(self, func: Any, *args: Any, **kwargs: Any) -> Any:

@@ -61,7 +61,6 @@ class RolloutWorker(StageWorker):
         self._free, self._concurrency = concurrency, concurrency
         self._done: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._purpose: str | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def setup(self) -> None:
         version, weights = await self._hub.newer.remote(None, 60.0)
@@ -72,6 +71,7 @@ class RolloutWorker(StageWorker):
 
     async def loop(self) -> None:
         async with asyncio.TaskGroup() as group:
+            self._group = group
             group.create_task(self._claim())
             group.create_task(self._put())
             group.create_task(self._follow())
@@ -105,20 +105,11 @@ class RolloutWorker(StageWorker):
         self._free -= len(rows)
         self.begin(len(rows))
         for row in rows:
-            task = asyncio.create_task(self._sample(row))
-            self._tasks.add(task)
-            task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if self._main is not None and not task.cancelled() and task.exception() is not None:
-            self._main.cancel(f"{self._name}: {task.exception()}")
+            self._group.create_task(self._sample(row))
 
     async def _sample(self, row: dict[str, Any]) -> None:
         started = time.monotonic()
-        messages = [{"role": "system", "content": self._system}] if self._system else []
-        messages.append({"role": "user", "content": row["question"]})
-        ids = self._engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids = self._engine.prompt_ids(row["question"], self._system)
         out = await self._engine.complete(
             f"{row['trajectory']}@{row['attempt']}", ids, self._sampling | {"seed": row["seed"]}
         )

@@ -28,10 +28,10 @@ class WeightHub:
         self._weights: list[Any] | None = None
         self._changed = asyncio.Condition()
 
-    async def publish(self, version: int, weights: list[Any] | None) -> None:
-        """Make `version` the newest. `weights`: a list of one ObjectRef (so that Ray does not fetch it here), or None
-        for those of the model that everyone starts from."""
-        self._version, self._weights = version, weights
+    async def publish(self, version: int, image: np.ndarray | None) -> None:
+        """Make `version` the newest; `image` is None for the weights of the model that everyone starts from."""
+        # Put anew, so that the hub owns it: an object dies with its owner, and learners come and go.
+        self._version, self._weights = version, None if image is None else [ray.put(image)]
         async with self._changed:
             self._changed.notify_all()
 
@@ -39,7 +39,10 @@ class WeightHub:
         return self._version
 
     async def newer(self, than: int | None, wait_s: float) -> tuple[int, list[Any] | None] | None:
-        """The newest (version, weights) if it is not `than`; waits up to `wait_s` seconds, then None."""
+        """The newest (version, [ObjectRef of weights]) if it is not `than`; waits up to `wait_s` seconds, then None.
+
+        The ref sits in a list, so that Ray hands on the ref and not the weights.
+        """
         async with self._changed:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._version != than), wait_s)
@@ -51,7 +54,7 @@ def publish(hub: Any, version: int, weights: Iterable[tuple[str, torch.Tensor]])
     from safetensors.torch import save
 
     image = np.frombuffer(save({name: t.contiguous() for name, t in weights}), dtype=np.uint8)
-    ray.get(hub.publish.remote(version, [ray.put(image, _owner=hub)]), timeout=120)
+    ray.get(hub.publish.remote(version, image), timeout=120)
     return image.nbytes
 
 

@@ -7,6 +7,7 @@ loop that ended in an error makes every later ping raise it: the driver then kno
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -46,13 +47,14 @@ class StageWorker:
             self._started = time.monotonic()
             self._main = asyncio.create_task(self.loop())
         if self._main.done():
-            self._main.result()
+            _raise_first(self._main.exception())
             raise RuntimeError(f"the loop of {self.stage} ended")
         return {**self.totals, "alive_s": time.monotonic() - self._started, "busy_s": self._busy()}
 
     async def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a function on this worker (what `FaultTolerantActorManager` asks of an actor)."""
-        return func(self, *args, **kwargs)
+        result = func(self, *args, **kwargs)
+        return await result if inspect.isawaitable(result) else result
 
     def begin(self, rows: int) -> None:
         """Rows were claimed."""
@@ -81,3 +83,11 @@ class StageWorker:
 
     def _busy(self) -> float:
         return self.totals["busy_s"] + (time.monotonic() - self._active_since if self._active else 0.0)
+
+
+def _raise_first(error: BaseException | None) -> None:
+    """Raise what ended a loop: the first error of a task group, not the group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if error is not None:
+        raise error

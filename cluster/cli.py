@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config, such as examples/tiny.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as learner.steps=10")]
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny.yaml"
 
 
 @app.callback()
@@ -50,6 +52,33 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
 
     init_ray()
     print(f"policy in {cold_start(run, run.folder / 'start')}")
+
+
+@app.command()
+def serve(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: Annotated[Path | None, typer.Option(help="policy folder; by default what the run trained")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8000,
+) -> None:
+    """Answer prompts over HTTP with the trained policy, until Ctrl-C."""
+    run = load(config, overrides or [])
+    from cluster import serve as service
+
+    service.serve(run, model, host, port)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="a module of benchmarks/")],
+    overrides: Overrides = None,
+    config: Annotated[Path, typer.Option(help="YAML config to start from")] = EXAMPLE,
+) -> None:
+    """Run a benchmark of this project; the last line is one JSON object."""
+    from cluster import bench as benchmark
+
+    print(json.dumps(benchmark.run(name, config, overrides or [])))
 
 
 @app.command()

@@ -66,6 +66,7 @@ class Sft(_Section):
     epochs: float = Field(4.0, gt=0)
     documents_per_step: int = Field(32, gt=0)
     lr: float = Field(2e-3, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int = Field(2, gt=0)
     tokens_per_microbatch: int = Field(4096, gt=0)
 

@@ -6,6 +6,7 @@ actor; RLlib's `FaultTolerantActorManager` finds it again, and its first ping st
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,6 @@ class Pools:
     Args:
         config: resolved.
         model: the policy to start from.
-        train: training prompts.
         incarnation: which life of the run this is.
         checkpoint: manifest to go on from, or None.
     """
@@ -88,13 +88,13 @@ class Pools:
         self,
         config: Config,
         model: str,
-        train: Sequence[Prompt],
         incarnation: int,
         checkpoint: Mapping[str, Any] | None,
     ) -> None:
-        self.config, self._model, self._train = config, model, train
+        self.config, self._model = config, model
         self._incarnation, self._checkpoint = incarnation, checkpoint
         self._owned: list[str] = []
+        self._all: list[Any] = []
         self._manager: Any = None
 
     def start(self) -> None:
@@ -147,12 +147,15 @@ class Pools:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Close the store, end all actors, delete the servers this run owns."""
-        if hasattr(self, "store"):
-            ray.get(self.store.close.remote(), timeout=PING_S)
-        for actor in getattr(self, "_all", []):
+        """Close the store, end all actors, delete the servers this run owns; a second call does nothing."""
+        actors, self._all = self._all, []
+        if actors:
+            with contextlib.suppress(ray.exceptions.RayError):  # it may be what broke
+                ray.get(self.store.close.remote(), timeout=PING_S)
+        for actor in actors:
             ray.kill(actor)
-        for app in self._owned:
+        owned, self._owned = self._owned, []
+        for app in owned:
             serve.delete(app, _blocking=False)
 
     # ---- starting ----------------------------------------------------------------------------------------------
@@ -166,7 +169,8 @@ class Pools:
         self.feeder = _actor(Feeder, **service, max_restarts=-1).remote(
             self.store,
             self.hub,
-            prompts=self._train,
+            source=c.prompts.train,
+            count=c.prompts.count,
             samples=c.learner.samples_per_prompt,
             prompts_per_step=c.learner.prompts_per_step,
             max_staleness=c.learner.max_staleness,

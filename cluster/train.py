@@ -59,8 +59,12 @@ class Trainer(tune.Trainable):
         model = self.run.policy.path or cold_start(self.run, self.folder.start)
         self._incarnation = self.folder.next_incarnation()
         say(f"starting tool servers, judges, rollout workers and learner of {self.run.name!r}")
-        self._pools = Pools(self.run, model, self._sets["train"], self._incarnation, checkpoint)
-        self._pools.start()
+        self._pools = Pools(self.run, model, self._incarnation, checkpoint)
+        try:
+            self._pools.start()
+        except BaseException:  # Tune does not clean up what failed to set up
+            self._pools.stop()
+            raise
         self._rows: list[dict[str, Any]] = []
         self._fetched = 0
         if self._done == 0:

@@ -42,17 +42,18 @@ ITEMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "Animals": (("goats", "hens", "cows", "ducks"), ("geese", "lambs", "bees")),
     "Things": (("books", "cups", "pens", "keys"), ("clocks", "chairs", "lamps")),
 }
-#: What can be wanted of a picture -> how it then looks, for training and for unseen prompts.
+#: What can be wanted of a picture -> how it then looks, for training and for unseen prompts. Each changes every flag
+#: visibly; mirroring would not.
 CHANGES: tuple[dict[str, str], dict[str, str]] = (
     {
         "make it grey": "in grey",
-        "mirror it": "mirrored",
+        "make it sepia": "in sepia",
         "blur it": "blurred",
-        "turn it upside down": "upside down",
+        "put a border around it": "with a border",
         "make it brighter": "brighter",
         "make it darker": "darker",
     },
-    {"sharpen it": "sharpened", "invert its colours": "with colours inverted"},
+    {"rotate it": "rotated", "invert its colours": "with colours inverted"},
 )
 
 
@@ -144,7 +145,7 @@ def _belongs(question: str, split: str) -> bool:
 
 def _prompt(pattern: Pattern, split: str, rng: Random) -> Prompt:
     openers, endings = _frame(split)
-    phrasing = _sentence(rng.choice(openers), rng.choice(list(phrases.expand(pattern.text))), rng.choice(endings))
+    phrasing = _sentence(rng.choice(openers), rng.choice(phrases.expand(pattern.text)), rng.choice(endings))
     slots, entity = _slots(split == "unseen", rng)
     question = phrasing.format_map(slots)
     question = question[0].upper() + question[1:]

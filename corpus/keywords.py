@@ -25,7 +25,7 @@ _WORDS = _any("words?", "tell me", "describe", "write the tale", "mention", "alo
 _EYES = _any("show", "see", "look", "add", "draw", "paint", "eye", "photo", "bars", "chart", "view")
 _GIVEN = _any("my (?:own )?(?:photo|picture|snapshot|image)", "this photo", "I (?:sent|took|send|gave you)")
 _CHANGE = _any(
-    "gr[ea]y", "mirror(?:ed)?", "blur(?:red)?", "upside down", "brighter", "darker", "sharpen(?:ed)?", "invert"
+    "gr[ea]y", "sepia", "blur(?:red)?", "border", "brighter", "darker", "rotated?", "mirror(?:ed)?", "invert"
 )
 _REAL = _any("flag", "map", "photo", "real", "true", "genuine")
 _DRAWN = _any(

@@ -13,6 +13,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 CLASSES = ("search", "diffusion", "code", "edit", "several", "none")
 
@@ -37,12 +38,13 @@ class Pattern:
         return "several" if len(self.tools) > 1 else self.tools[0] if self.tools else "none"
 
 
-def expand(text: str) -> Iterator[str]:
+@cache
+def expand(text: str) -> tuple[str, ...]:
     """Every choice among the alternatives of a pattern, in a fixed order."""
     text = text.replace("{topic}", "[{real}|{scene}|{data}]")
     parts = re.split(r"\[([^\]]*)\]", text)
     choices = (part.split("|") if i % 2 else [part] for i, part in enumerate(parts))
-    return ("".join(chosen) for chosen in itertools.product(*choices))
+    return tuple("".join(chosen) for chosen in itertools.product(*choices))
 
 
 #: Openers and endings carry decoys (photo, drawing, chart), and nothing that changes what is wanted.

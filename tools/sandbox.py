@@ -117,6 +117,8 @@ class _Zygote:
     def close(self) -> None:
         """End it and its children, and delete its folder. May be called again."""
         self.control.close()
+        if not self.greeted:  # it would first finish its imports
+            self.process.kill()
         try:
             self.process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -177,7 +179,6 @@ class Sandbox:
                 try:
                     zygote.greet()
                 except RuntimeError:
-                    zygote.process.kill()
                     self._drop(zygote)
                     raise
             return zygote

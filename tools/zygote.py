@@ -79,7 +79,10 @@ class Zygote:
             self.reap(child)
 
     def fork(self) -> None:
-        message, fds, _, _ = socket.recv_fds(self.control, 16, 3)
+        try:
+            message, fds, _, _ = socket.recv_fds(self.control, 16, 3)
+        except ConnectionError:  # the owner died, or closed before it had read all
+            message = b""
         if not message:
             self.closed = True
             return
@@ -283,12 +286,12 @@ def installation() -> list[str]:
 
 
 def main() -> None:
-    home = sys.argv[2]
     warm_up()
     with socket.socket(fileno=int(sys.argv[1])) as control:
-        control.send(json.dumps({"landlock": jail.landlock_abi()}).encode())
+        with contextlib.suppress(ConnectionError):  # the owner is gone already: serve() will see that
+            control.send(json.dumps({"landlock": jail.landlock_abi()}).encode())
         Zygote(control, installation()).serve()
-    shutil.rmtree(home, ignore_errors=True)
+    shutil.rmtree(sys.argv[2], ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from agent.protocol import Call, Text, check_references, parse
 from corpus.documents import TOOLS, cold_start, gold, wrong_plan
 from corpus.grammar import prompts
 from replay.record import Prompt
+from rewards.base import CallOutcome, Rendered
+from rewards.judges.rubric import RubricTextJudge
 
 PROMPTS = [p for split in ("train", "heldout", "unseen") for p in prompts(300, 1, split)]
 COLD = cold_start(1200, 2)
@@ -30,6 +32,15 @@ def test_the_gold_document_follows_the_plan() -> None:
         made = calls(p, gold(p, Random(0)))
         assert tuple(c.source for c in made) == p.tools
         assert len(made) == max(0, p.image_num)
+
+
+def test_the_gold_document_satisfies_the_text_judge() -> None:
+    judge = RubricTextJudge()
+    for p in PROMPTS[300:600]:
+        document = gold(p, Random(0))
+        made = [CallOutcome(c.source, c.description, c.params, c.start, c.end, "ok") for c in calls(p, document)]
+        verdict = judge.judge(Rendered(p.question, document, made, p.image_num, p.tools))
+        assert sum(verdict.scores.values()) >= 8, (p.question, document, verdict.reasons)
 
 
 def test_the_gold_document_asks_each_tool_for_what_the_question_says() -> None:
@@ -103,7 +114,7 @@ def test_a_seed_gives_the_same_cold_start_again_and_another_seed_another() -> No
 
 def test_documents_are_short() -> None:
     assert sum(len(d) for _, d in COLD) / len(COLD) < 260
-    assert max(len(gold(p, Random(0))) for p in PROMPTS) < 420
+    assert max(len(gold(p, Random(0))) for p in PROMPTS) < 480
 
 
 @pytest.mark.parametrize("right", [-0.1, 1.5])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from learners.engine import Learner
 from learners.packing import Sample
 
 VOCAB = 96
@@ -33,6 +37,19 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def learner(model_dir: Path) -> Iterator[Callable[..., Learner]]:
+    """Makes a learner of the tiny policy, in place of the one it made before; closes the last one."""
+    with ExitStack() as last:
+
+        def make(**options: Any) -> Learner:
+            last.close()
+            options = {"lr": 1e-3, "tokens_per_microbatch": 64, "threads": 1, "timeout_s": 60.0} | options
+            return last.enter_context(closing(Learner(options.pop("model_dir", model_dir), **options)))
+
+        yield make
 
 
 @pytest.fixture

@@ -128,4 +128,5 @@ def test_packed_sequences_score_as_if_each_were_alone(model_dir: Path, samples: 
             assert logprobs[mine].tolist() == pytest.approx(alone[i], abs=1e-5)
             assert (entropy[mine] > 0).all()
     for name, p in policy.named_parameters():
-        torch.testing.assert_close(p.grad, gradient[name], rtol=1e-4, atol=1e-5)
+        assert p.grad is not None
+        assert (p.grad - gradient[name]).norm() <= 1e-5 * gradient[name].norm()

@@ -1,0 +1,140 @@
+"""`llmi serve`: the trained policy behind HTTP, on loopback unless told otherwise, beside the tools that it calls."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import serve as ray_serve
+
+from actors.agent_server import Agent
+from actors.serving import tool_app
+from agent.prompt import system_prompt
+from cluster.config import Config, ConfigError
+from cluster.console import say
+from cluster.pools import RunFailed, actor_options, deploy, init_ray, tool_specs
+from cluster.run_folder import RunFolder
+
+ANSWER_S = 60.0  # the service must answer that soon after everything is up
+REQUEST_S = 600.0  # a request that takes longer is given up
+
+
+def serve(config: Config, model: Path | None, host: str, port: int) -> None:
+    """Serve until Ctrl-C or SIGTERM, then take everything down.
+
+    Raises:
+        ConfigError: there is no policy.
+        RunFailed: something did not come up.
+    """
+    folder = policy_folder(config, model)
+    if init_ray():
+        _check_port(host, port)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray has set its own; a shell's background job ignores SIGINT
+        signal.signal(number, signal.default_int_handler)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        say(f"starting tool servers and the agent of {folder}")
+        with application(config, folder, host, port) as url:
+            say(f"serving {url} (POST /v1/documents, GET /healthz); Ctrl-C ends it")
+            while True:
+                time.sleep(1.0)
+    except KeyboardInterrupt:
+        say("stopped")
+
+
+@contextmanager
+def application(config: Config, folder: Path, host: str, port: int) -> Iterator[str]:
+    """Tool servers, unless the config names a running pool, and the agent; yields the URL once it answers.
+
+    Raises:
+        RunFailed: the pool does not run, or something did not come up.
+    """
+    pool, owned = config.pool or f"{config.name}-serve", []
+    options = {"host": host, "port": port, "request_timeout_s": REQUEST_S}
+    ray_serve.start(proxy_location="HeadOnly", http_options=options)
+    if not ray_serve.status().proxies:
+        raise RunFailed(
+            "Serve runs on this Ray cluster without HTTP: unset RAY_ADDRESS, and `llmi serve` starts its own"
+        )
+    if config.pool:
+        _check_pool(config, pool)
+    try:
+        if not config.pool:
+            owned += deploy(config, pool)
+        owned.append(f"{config.name}-agent")
+        ray_serve.run(_agent(config, folder, pool), name=owned[-1], route_prefix="/")
+        _wait_for_answer(host, port)
+        yield f"http://{host}:{port}"
+    finally:
+        for app in reversed(owned):
+            ray_serve.delete(app, _blocking=False)
+
+
+def policy_folder(config: Config, model: Path | None) -> Path:
+    """The policy to serve: `model`, or what the run of this config trained. Raises ConfigError if it is not there."""
+    folder = (model or RunFolder(config.folder).policy).expanduser().absolute()
+    if not (folder / "config.json").exists():
+        trained = "`llmi train` with this config makes it, and --model names another folder"
+        raise ConfigError(f"there is no policy in {folder}; {'--model must hold one' if model else trained}")
+    return folder
+
+
+def _agent(config: Config, folder: Path, pool: str) -> Any:
+    c = config.rollout
+    deployment: Any = Agent
+    return deployment.options(
+        max_ongoing_requests=c.concurrency,
+        ray_actor_options=actor_options(c, c.threads),
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=2,
+    ).bind(
+        model=str(folder),
+        pool=pool,
+        tools={name: tool.timeout_s for name, tool in config.tools.items()},
+        specs=tool_specs(config),
+        system=system_prompt(tool_specs(config)) if config.policy.system_prompt == "protocol" else "",
+        sampling={"max_tokens": c.max_tokens, "temperature": c.temperature, "top_p": c.top_p},
+        engine=c.engine,
+    )
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise RunFailed(f"cannot listen on {host}:{port} ({error}); choose others with --host and --port") from error
+
+
+def _check_pool(config: Config, pool: str) -> None:
+    running = ray_serve.status().applications
+    missing = [name for name in config.tools if tool_app(pool, name) not in running]
+    if missing:
+        raise RunFailed(
+            f"no pool {pool!r} with {', '.join(missing)} runs on this Ray cluster; start it, or leave `pool` out"
+        )
+
+
+def _wait_for_answer(host: str, port: int) -> None:
+    deadline = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            asked = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
+            asked.request("GET", "/healthz")
+            if (status := asked.getresponse().status) == 200:
+                return
+            problem = f"status {status}"
+        except OSError as error:
+            problem = str(error)
+        if time.monotonic() > deadline:
+            raise RunFailed(
+                f"waited {ANSWER_S:g} s for http://{host}:{port}/healthz: {problem}; "
+                "a Serve that ran before keeps the port it was started with"
+            )
+        time.sleep(0.2)

@@ -1,0 +1,82 @@
+"""The ranks of a learner: how a process joins them, and how it leaves.
+
+DeepSpeed takes its accelerator and its rank from the environment; so `join` sets the rank before it imports DeepSpeed,
+and nothing else in this folder imports it at module level.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+#: DeepSpeed's shared-memory all-reduce: built with a C++ compiler at start-up, and only used for inference.
+_UNUSED_OP = "deepspeed_shm_comm"
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.create_server((address, 0)) as s:
+        return int(s.getsockname()[1])
+
+
+def join(rank: int, world_size: int, master_addr: str, master_port: int, timeout_s: float) -> torch.device:
+    """Joins the process group of `world_size` ranks and returns this rank's device.
+
+    A rank on a GPU machine sees one GPU, its own. `master_port` 0 picks a free port, for a world of one.
+
+    Raises:
+        ValueError: the rank is outside the world, or the port is missing.
+        RuntimeError: this process is already in a group, the port is taken, or the others did not come in time.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is outside a world of {world_size}")
+    if master_port == 0 and world_size > 1:
+        raise ValueError(f"{world_size} ranks need a master_port that all of them know, not 0")
+    if dist.is_initialized():
+        raise RuntimeError("this process already holds a learner; close it before making another one")
+    cuda = torch.cuda.is_available()
+    if master_addr in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout, place = timedelta(seconds=timeout_s), f"{master_addr}:{master_port}"
+    backend = "nccl" if cuda else "gloo"
+    try:
+        store = _store(rank, world_size, master_addr, master_port, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (OSError, dist.DistError) as e:
+        who = f"rank {rank} of {world_size}"
+        raise RuntimeError(f"{who} did not meet the others at {place} within {timeout_s:g} s: {e}") from e
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR=master_addr, MASTER_PORT=str(store.port))
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__[_UNUSED_OP] = False
+    deepspeed.init_distributed(dist_backend=backend)
+    return torch.device("cuda", 0) if cuda else torch.device("cpu")
+
+
+def _store(rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> dist.TCPStore:
+    """The ranks' meeting place. Rank 0 listens at `address` alone; left to itself it would on every interface."""
+    if rank > 0:
+        return dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    server = socket.create_server((address, port))
+    port = server.getsockname()[1]
+    return dist.TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=server.detach())
+
+
+def leave() -> None:
+    """Leaves the process group; a later `join` of this process may have another rank and port."""
+    import deepspeed
+
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
+def reduced(values: list[float], op: dist.ReduceOp.RedOpType, device: torch.device) -> list[float]:
+    """`values` combined element by element over all ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op)
+    return tensor.tolist()

@@ -1,0 +1,214 @@
+"""The learner on one rank: its gradient, its steps, its checkpoints and its export."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from learners.engine import Learner, merged
+from learners.losses import LOSSES
+from learners.packing import Sample
+
+Make = Callable[..., Learner]
+
+
+def reference_gradient(model_dir: Path, samples: list[Sample]) -> dict[str, Tensor]:
+    """Of the GRPO loss without clipping, one sequence at a time, with nothing of ours but the samples."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    total = sum(float(s.mask.sum()) * s.weight for s in samples)
+    for s in samples:
+        ids = torch.tensor([[*s.prompt_ids, *s.token_ids]])
+        said = len(s.token_ids)
+        chosen = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(-1, ids[0, 1:, None])[-said:, 0]
+        ratio = (chosen - torch.from_numpy(s.logprobs)).exp()
+        (-(ratio * s.advantage * s.weight * torch.from_numpy(s.mask)).sum() / total).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def gradient_of_step(learner: Learner, samples: list[Sample]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What the optimiser is about to be given in a step."""
+    seen: dict[str, Tensor] = {}
+    apply = learner._engine.step
+
+    def spy() -> None:
+        seen.update({n: safe_get_full_grad(p).clone() for n, p in learner.model.named_parameters()})
+        apply()
+
+    learner._engine.step = spy
+    return seen, learner.step(samples)
+
+
+def weights(learner: Learner) -> dict[str, Tensor]:
+    return dict(learner.weights())
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest relative distance between tensors of the same name."""
+    assert a.keys() == b.keys()
+    return max(float((a[n] - b[n]).norm() / b[n].norm()) for n in a)
+
+
+@pytest.mark.parametrize("tokens_per_microbatch", [10_000, 64, 5])
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_the_gradient_is_that_of_one_big_batch_whatever_the_micro_batches(
+    learner: Make, model_dir: Path, samples: list[Sample], zero_stage: int, tokens_per_microbatch: int
+) -> None:
+    wide = {"clip_low": 1.0, "clip_high": 1e9, "dual_clip": 1e9}
+    engine = learner(
+        zero_stage=zero_stage, tokens_per_microbatch=tokens_per_microbatch, loss_options=wide, grad_clip=0.0
+    )
+    gradient, metrics = gradient_of_step(engine, samples)
+    expected = reference_gradient(model_dir, samples)
+    assert distance(gradient, expected) < 1e-5
+    assert metrics["grad_norm"] == pytest.approx(math.hypot(*(float(g.norm()) for g in expected.values())), rel=1e-4)
+    assert metrics["microbatches"] == {10_000: 1, 64: 4, 5: len(samples)}[tokens_per_microbatch]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_steps_lower_the_loss_on_the_same_samples(learner: Make, samples: list[Sample], loss: str) -> None:
+    options = {"clip_low": 1.0, "clip_high": 10.0} if loss != "sft" else {}
+    engine = learner(loss=loss, loss_options=options, lr=1e-2)
+    losses = [engine.step(samples)["loss"] for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def test_the_step_reports_what_it_did(learner: Make, samples: list[Sample]) -> None:
+    engine = learner(lr=1.0, warmup_steps=4)
+    metrics = engine.step(samples)
+    assert metrics["tokens"] == sum(map(len, samples))
+    assert metrics["tokens_trained"] == sum(s.charged for s in samples)
+    assert metrics["sequences"] == len(samples)
+    assert metrics["lr"] == 0.25
+    assert 0 < metrics["entropy"] <= math.log(96)
+    assert 0 <= metrics["padding"] < 0.5
+    assert metrics["forward_backward_s"] > 0 and metrics["optimizer_s"] > 0
+    assert metrics.keys() >= {"ratio_mean", "ratio_max", "kl_behaviour", "clip_share"}
+    assert engine.step(samples, lr=0.125)["lr"] == 0.125
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported(
+    learner: Make, samples: list[Sample], dtype: str, zero_stage: int
+) -> None:
+    engine = learner(dtype=dtype, zero_stage=zero_stage)
+    loss = engine._loss
+    engine._loss = lambda logprobs, batch: (loss(logprobs, batch)[0] * float("nan"), {})
+    before = weights(engine)
+    assert engine.step(samples)["skipped"] == 1.0
+    assert distance(weights(engine), before) == 0.0
+    engine._loss = loss
+    assert engine.step(samples)["skipped"] == 0.0
+    assert 0 < distance(weights(engine), before) < 1
+
+
+def test_a_resumed_learner_goes_on_exactly_as_the_first_would_have(
+    learner: Make, samples: list[Sample], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"warmup_steps": 3, "schedule": "cosine", "total_steps": 6}
+    first = learner(**options)
+    first.step(samples)
+    first.save(tmp_path, "step-1", {"cursor": 7})
+    rates = [first.step(samples)["lr"] for _ in range(2)]
+    expected = weights(first)
+    second = learner(**options)
+    assert second.load(tmp_path, "step-1") == {"cursor": 7}
+    assert [second.step(samples)["lr"] for _ in range(2)] == rates
+    assert distance(weights(second), expected) == 0.0
+    assert not (tmp_path / "latest").exists()
+
+
+def test_a_missing_checkpoint_is_named(learner: Make, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint 'step-9'"):
+        learner().load(tmp_path, "step-9")
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_weights_are_copies_under_checkpoint_names(
+    learner: Make, model_dir: Path, samples: list[Sample], zero_stage: int
+) -> None:
+    engine = learner(zero_stage=zero_stage)
+    before = weights(engine)
+    stored = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).state_dict()
+    assert before.keys() == stored.keys() - {"lm_head.weight"}  # tied
+    assert all(torch.equal(before[name], stored[name]) for name in before)
+    engine.step(samples)
+    assert all(torch.equal(before[name], stored[name]) for name in before)
+
+
+def test_weights_can_be_half_and_matrix_products_alone_can_be(learner: Make, samples: list[Sample]) -> None:
+    full = learner().step(samples)["loss"]
+    half = learner(dtype="bfloat16")
+    assert half.step(samples)["loss"] == pytest.approx(full, rel=0.05)
+    assert {t.dtype for t in weights(half).values()} == {torch.bfloat16}
+    mixed = learner(deepspeed={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})
+    assert mixed.step(samples)["loss"] == pytest.approx(full, rel=0.05)
+    assert {t.dtype for t in weights(mixed).values()} == {torch.float32}
+
+
+def test_recomputed_activations_give_the_same_step(learner: Make, samples: list[Sample]) -> None:
+    kept, _ = gradient_of_step(learner(), samples)
+    again, _ = gradient_of_step(learner(gradient_checkpointing=True), samples)
+    assert distance(again, kept) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": "float8"}, "dtype 'float8' is not one of"),
+        ({"zero_stage": 0}, "zero_stage 0 is not one of"),
+        ({"tokens_per_microbatch": 0}, "tokens_per_microbatch"),
+        ({"loss": "ppo"}, "no loss 'ppo'"),
+        ({"schedule": "cosine"}, "needs total_steps"),
+        ({"rank": 1}, "outside a world of 1"),
+        ({"world_size": 2}, "master_port"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(learner: Make, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        learner(**options)
+
+
+def test_a_missing_model_is_named_and_leaves_the_process_usable(learner: Make, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no model in"):
+        learner(model_dir=tmp_path)
+    assert learner().steps == 0
+
+
+def test_a_second_learner_in_the_process_is_refused(learner: Make, model_dir: Path) -> None:
+    learner()
+    with pytest.raises(RuntimeError, match="already holds a learner"):
+        Learner(model_dir, lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"token_ids": [96], "logprobs": [0.0], "mask": [1]}, "token id 96, but the model knows 96"),
+        ({"mask": [0, 0]}, "nothing to learn from"),
+        ({"weight": 0.0}, "nothing to learn from"),
+    ],
+)
+def test_samples_that_teach_nothing_or_do_not_fit_the_model_are_refused(
+    learner: Make, change: dict[str, Any], reason: str
+) -> None:
+    good = {"prompt_ids": [1], "token_ids": [2, 3], "logprobs": [0.0, 0.0], "mask": [1, 1]}
+    engine = learner()
+    for samples in ([Sample(**(good | change))], [])[: 1 if "token" in reason else 2]:
+        with pytest.raises(ValueError, match=reason):
+            engine.step(samples)
+    assert engine.step([Sample(**good)])["skipped"] == 0.0  # type: ignore[arg-type]
+
+
+def test_deepspeed_options_are_merged_key_by_key() -> None:
+    base = {"zero_optimization": {"stage": 2, "overlap_comm": False}, "bf16": {"enabled": True}}
+    over = {"zero_optimization": {"overlap_comm": True}, "bf16": False}
+    assert merged(base, over) == {"zero_optimization": {"stage": 2, "overlap_comm": True}, "bf16": False}
