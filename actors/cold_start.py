@@ -27,10 +27,10 @@ class ColdStart:
             seed: of documents, weights and order.
             max_tokens: longest answer that a rollout may have; every document must fit.
         """
-        from learners.sft import build_policy, run_sft
         from transformers import AutoTokenizer
 
         from corpus.documents import cold_start
+        from learners.sft import build_policy, run_sft
 
         pairs = [(p.question, text) for p, text in cold_start(sft["documents"], seed, sft["right"])]
         build_policy(folder, (f"{q}\n{t}" for q, t in pairs), **tiny, seed=seed)

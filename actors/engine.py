@@ -57,7 +57,9 @@ class Engine:
             "enable_log_requests": False,
         }
         self.version = version
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(ours | ({} if torch.cuda.is_available() else cpu) | dict(options))))
+        self._llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**(ours | ({} if torch.cuda.is_available() else cpu) | dict(options)))
+        )
         self.tokenizer = self._llm.get_tokenizer()
 
     async def start(self) -> None:

@@ -18,7 +18,7 @@ from agent.spec import ToolSpec
 from replay.record import SCHEMAS, Blob
 
 COLUMNS = ["text", "given"]
-OUTAGE_PAUSE_S = 1.0
+OUTAGE_PAUSE_S = 0.5  # doubles from round to round
 MAX_OUTAGES = 5  # of one document; then it is dropped with the reason, unscored
 
 

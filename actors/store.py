@@ -66,6 +66,9 @@ class StoreActor:
     async def find(self, purpose: str, statuses: list[str] | None = None) -> list[str]:
         return self._store.find(purpose, statuses)
 
+    async def ends(self, purpose: str) -> dict[str, tuple[str, str]]:
+        return self._store.ends(purpose)
+
     async def newest_version(self) -> int | None:
         return self._store.newest_version()
 

@@ -11,7 +11,8 @@ import ray
 from actors.cold_start import ColdStart
 from cluster.config import Config, ConfigError
 from cluster.console import Progress, say
-from cluster.pools import PING_S, RunFailed, actor_options
+from cluster.pools import PING_S
+from cluster.servers import RunFailed, actor_options
 
 
 def cold_start(config: Config, folder: Path) -> str:

@@ -17,7 +17,8 @@ from actors.store import StoreActor
 from actors.weights import WeightHub
 from cluster.config import Config, ConfigError
 from cluster.console import say
-from cluster.pools import PING_S, SERVICE, START_S, RunFailed, actor_options, init_ray
+from cluster.pools import PING_S, SERVICE, START_S, init_ray
+from cluster.servers import RunFailed, actor_options
 from corpus import prompts
 
 DOCUMENTS = 500  # that the tokenizer of a policy with random weights is trained on

@@ -19,8 +19,9 @@ from actors.serving import tool_app
 from agent.prompt import system_prompt
 from cluster.config import Config, ConfigError
 from cluster.console import say
-from cluster.pools import RunFailed, actor_options, deploy, init_ray, tool_specs
+from cluster.pools import init_ray
 from cluster.run_folder import RunFolder
+from cluster.servers import RunFailed, actor_options, deploy, tool_specs
 
 ANSWER_S = 60.0  # the service must answer that soon after everything is up
 REQUEST_S = 600.0  # a request that takes longer is given up
@@ -57,12 +58,7 @@ def application(config: Config, folder: Path, host: str, port: int) -> Iterator[
         RunFailed: the pool does not run, or something did not come up.
     """
     pool, owned = config.pool or f"{config.name}-serve", []
-    options = {"host": host, "port": port, "request_timeout_s": REQUEST_S}
-    ray_serve.start(proxy_location="HeadOnly", http_options=options)
-    if not ray_serve.status().proxies:
-        raise RunFailed(
-            "Serve runs on this Ray cluster without HTTP: unset RAY_ADDRESS, and `llmi serve` starts its own"
-        )
+    _start_http(host, port)
     if config.pool:
         _check_pool(config, pool)
     try:
@@ -103,6 +99,20 @@ def _agent(config: Config, folder: Path, pool: str) -> Any:
         sampling={"max_tokens": c.max_tokens, "temperature": c.temperature, "top_p": c.top_p},
         engine=c.engine,
     )
+
+
+def _start_http(host: str, port: int) -> None:
+    """Serve takes its HTTP options when it starts, once; training starts it without any."""
+    found = ray_serve.status()
+    if not found.proxies:
+        if used := [name for name, app in found.applications.items() if app.status != "DELETING"]:
+            raise RunFailed(
+                f"Serve runs {', '.join(used)} on this cluster without HTTP, which cannot be added: unset RAY_ADDRESS "
+                f"to serve beside it, or run `serve start --http-host {host} --http-port {port}` before anything else"
+            )
+        ray_serve.shutdown()  # what a finished run has left; nothing, if there is none
+    options = {"host": host, "port": port, "request_timeout_s": REQUEST_S}
+    ray_serve.start(proxy_location="HeadOnly", http_options=options)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -18,8 +18,9 @@ from cluster.cold_start import cold_start
 from cluster.config import Config
 from cluster.console import Progress, say
 from cluster.memory import PeakMemory
-from cluster.pools import PING_S, Pools, RunFailed, init_ray
+from cluster.pools import PING_S, Pools, init_ray
 from cluster.run_folder import RunFolder
+from cluster.servers import RunFailed
 from corpus import keywords, prompts
 from evals.heldout import COLUMNS, summarise
 from replay.record import version

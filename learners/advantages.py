@@ -21,14 +21,41 @@ def group_normalised(rewards: Sequence[float] | np.ndarray, eps: float = 1e-6) -
     Raises:
         ValueError: fewer than two rewards, or one that is not finite.
     """
-    r = np.asarray(rewards, dtype=np.float64)
-    if r.ndim != 1 or r.size < 2 or not np.isfinite(r).all():
-        raise ValueError(f"a group needs at least two finite rewards, got {r.tolist()}")
+    r = _checked(rewards)
     spread = r.std(ddof=1)
     if spread < eps:  # a constant group, but for rounding
         return np.zeros_like(r)
     return (r - r.mean()) / (spread + eps)
 
 
+def group_centred(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Dr. GRPO's advantage, r - mean over the samples of one prompt (arXiv 2503.20783).
+
+    Without the division, a group whose samples are all about equally good weighs little: with rewards that are never
+    quite equal, `group_normalised` blows its noise up to the size of a real choice.
+
+    Args:
+        rewards: [G] finite numbers, G >= 2.
+
+    Returns:
+        [G] float64.
+
+    Raises:
+        ValueError: fewer than two rewards, or one that is not finite.
+    """
+    r = _checked(rewards)
+    return r - r.mean()
+
+
+def _checked(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
+    r = np.asarray(rewards, dtype=np.float64)
+    if r.ndim != 1 or r.size < 2 or not np.isfinite(r).all():
+        raise ValueError(f"a group needs at least two finite rewards, got {r.tolist()}")
+    return r
+
+
 #: Name in a config -> function of one group's rewards.
-ADVANTAGES: dict[str, Callable[[Sequence[float] | np.ndarray], np.ndarray]] = {"grpo": group_normalised}
+ADVANTAGES: dict[str, Callable[[Sequence[float] | np.ndarray], np.ndarray]] = {
+    "grpo": group_normalised,
+    "dr_grpo": group_centred,
+}

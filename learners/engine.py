@@ -44,7 +44,9 @@ class Learner:
         gradient_checkpointing: recompute activations in the backward pass.
         threads: of torch on the CPU; None leaves them as they are.
         timeout_s: how long a rank waits for the others in any call.
-        deepspeed: DeepSpeed's own options, merged last.
+        deepspeed: DeepSpeed's own options, merged last; gradient accumulation alone is the learner's.
+            `{"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}` keeps float32 weights and multiplies matrices
+            in bfloat16, which CPUs with such instructions do 1.4 times as fast.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: no model, an option out of range, ranks that do not meet.
@@ -86,13 +88,10 @@ class Learner:
         self.schedule = Schedule(lr, warmup_steps, total_steps, schedule, min_lr_ratio)
         self._loss = make_loss(loss, loss_options)
         self._budget = tokens_per_microbatch
-        # Stage 3 reduces after every backward pass: whole gradients of a model that is split would not fit a rank.
-        self._reduce_once = zero_stage < 3
         config = merged(
             {
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
-                "managed_gradient_accumulation": self._reduce_once,
                 "gradient_clipping": grad_clip,
                 "bf16": {"enabled": dtype == "bfloat16"},
                 "zero_optimization": {"stage": zero_stage},
@@ -100,11 +99,14 @@ class Learner:
             },
             deepspeed or {},
         )
+        stage = config["zero_optimization"]["stage"]
+        # Stage 3 reduces after every backward pass: whole gradients of a model that is split would not fit a rank.
+        self._reduce_once = config["managed_gradient_accumulation"] = stage < 3
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = join(rank, world_size, master_addr, master_port, timeout_s)
         try:
-            self.model = load_model(model_dir, _DTYPES[dtype], config if zero_stage == 3 else None)
+            self.model = load_model(model_dir, _DTYPES[dtype], config if stage == 3 else None)
             if gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self._optimizer = torch.optim.AdamW(
@@ -203,8 +205,8 @@ class Learner:
         buffers = ((n, b) for n, b in self.model.named_buffers() if n in kept)
         for name, tensor in [*self.model.named_parameters(), *buffers]:
             with deepspeed.zero.GatheredParameters([tensor]):
-                whole = tensor.detach().clone()
-            yield from checkpoint_form(self.model, name, whole)
+                copies = checkpoint_form(self.model, name, tensor.detach())
+            yield from copies.items()
 
     def save(self, folder: str | Path, tag: str, client_state: Mapping[str, Any] | None = None) -> None:
         """Writes weights, optimiser and `client_state` (picklable) to `folder/tag`, a DeepSpeed checkpoint.

@@ -6,9 +6,10 @@ A folder appears whole or not at all: it is written beside its place and renamed
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,9 +27,14 @@ _TOKENIZER_FILES = (
 )
 
 
-def checkpoint_form(model: PreTrainedModel, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Undoes what Transformers did to a parameter when it loaded it, such as fusing the experts of a layer."""
-    yield from revert_weight_conversion(model, {name: tensor}).items()
+def checkpoint_form(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Undoes what Transformers did to a parameter when it loaded it, such as fusing the experts of a layer.
+
+    Returns:
+        Checkpoint names and contiguous copies.
+    """
+    parts = revert_weight_conversion(model, {name: tensor})
+    return {n: part.clone(memory_format=torch.contiguous_format) for n, part in parts.items()}
 
 
 def write_model(

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sample:
     """One sampled sequence as the loss sees it.
 
     Attributes:
         prompt_ids: [P] token ids the policy was given, at least one.
         token_ids: [R] sampled token ids, at least one.
-        logprobs: [R] float32, the sampler's log-prob of each sampled token.
+        logprobs: [R] float32, the sampler's log-prob of each sampled token, at temperature 1.
         mask: [R] uint8, 1 where the policy is charged for the token.
         advantage: one number for the whole sequence.
         weight: multiplies the sequence's share of the loss and of its normaliser; 0 leaves it out.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from learners.packing import Batch
 
@@ -38,6 +39,7 @@ def load_model(model_dir: str | Path, dtype: torch.dtype, zero3: Mapping[str, An
     for key in _UNSUPPORTED:
         if getattr(config, key, None) not in (None, 1.0):
             raise ValueError(f"model '{model_dir}' sets '{key}', which the learner does not support")
+    disable_progress_bar()
     splits = _splits(zero3) if zero3 else None
     model = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=dtype, attn_implementation="sdpa", local_files_only=True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from datetime import timedelta
 
 import torch
@@ -51,6 +52,8 @@ def join(rank: int, world_size: int, master_addr: str, master_port: int, timeout
         raise RuntimeError(f"{who} did not meet the others at {place} within {timeout_s:g} s: {e}") from e
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
     os.environ.update(MASTER_ADDR=master_addr, MASTER_PORT=str(store.port))
+    # DeepSpeed's calls of torch's older collectives warn once a call site and process.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     import deepspeed
 
     deepspeed.ops.__compatible_ops__[_UNUSED_OP] = False

@@ -251,6 +251,17 @@ class Store:
                 out.update(accepted=1, ended=statuses <= ENDS, trained=Status.TRAINED in statuses)
         return dict(out)
 
+    def ends(self, purpose: str) -> dict[str, tuple[str, str]]:
+        """Trajectory -> (status, reason) of all that are scored or have ended."""
+        reasons: dict[str, str] = {}
+        for batch in self._logs["ended"]:
+            reasons |= zip(*batch.select(["trajectory", "reason"]).to_pydict().values(), strict=True)
+        return {
+            t: (e.status.value, reasons.get(t, ""))
+            for t, e in self._entries.items()
+            if e.purpose == purpose and e.status in TERMINAL
+        }
+
     def lost(self, purpose: str) -> int:
         """Accepted trajectories that neither live on nor ended exactly once, counted in the logs. Must be 0."""
         accepted = {t for t, e in self._entries.items() if e.purpose == purpose}

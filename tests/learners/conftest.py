@@ -52,16 +52,12 @@ def learner(model_dir: Path) -> Iterator[Callable[..., Learner]]:
         yield make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def samples() -> list[Sample]:
-    return make_samples(12, seed=3)
-
-
-def make_samples(count: int, seed: int) -> list[Sample]:
     """Random samples of unlike lengths, weights and masks."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(3)
     made = []
-    for _ in range(count):
+    for _ in range(12):
         prompt, said = rng.integers(1, 9), rng.integers(1, 17)
         mask = rng.random(said) < 0.8
         mask[0] = True

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from learners.engine import Learner, merged
 from learners.losses import LOSSES
-from learners.packing import Sample
+from learners.packing import Sample, pack
 
 Make = Callable[..., Learner]
 
@@ -69,7 +69,7 @@ def test_the_gradient_is_that_of_one_big_batch_whatever_the_micro_batches(
     expected = reference_gradient(model_dir, samples)
     assert distance(gradient, expected) < 1e-5
     assert metrics["grad_norm"] == pytest.approx(math.hypot(*(float(g.norm()) for g in expected.values())), rel=1e-4)
-    assert metrics["microbatches"] == {10_000: 1, 64: 4, 5: len(samples)}[tokens_per_microbatch]
+    assert metrics["microbatches"] == len(pack([len(s) for s in samples], tokens_per_microbatch))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -200,12 +200,12 @@ def test_a_second_learner_in_the_process_is_refused(learner: Make, model_dir: Pa
 def test_samples_that_teach_nothing_or_do_not_fit_the_model_are_refused(
     learner: Make, change: dict[str, Any], reason: str
 ) -> None:
-    good = {"prompt_ids": [1], "token_ids": [2, 3], "logprobs": [0.0, 0.0], "mask": [1, 1]}
+    good: dict[str, Any] = {"prompt_ids": [1], "token_ids": [2, 3], "logprobs": [0.0, 0.0], "mask": [1, 1]}
     engine = learner()
     for samples in ([Sample(**(good | change))], [])[: 1 if "token" in reason else 2]:
         with pytest.raises(ValueError, match=reason):
             engine.step(samples)
-    assert engine.step([Sample(**good)])["skipped"] == 0.0  # type: ignore[arg-type]
+    assert engine.step([Sample(**good)])["skipped"] == 0.0
 
 
 def test_deepspeed_options_are_merged_key_by_key() -> None:

@@ -1,0 +1,75 @@
+"""The tool and judge servers of a config as Ray Serve applications; and what an actor or replica asks Ray for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from actors.serving import JudgeServer, ToolServer, judge_app, tool_app
+from agent.spec import ToolSpec
+from cluster.config import Config, JudgePool, Resources, ToolPool
+from tools.base import load
+
+#: Keeps a node's processes from fighting for its cores, and quiet.
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "KMP_BLOCKTIME": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the message says who waited for whom, or what broke."""
+
+
+def deploy(config: Config, pool: str) -> list[str]:
+    """Start the tool and judge servers of a config as Serve applications; returns their names."""
+    serve.start(proxy_location="Disabled", http_options={"host": "127.0.0.1"})
+    targets = [
+        serve.RunTarget(_deployment(ToolServer, p).bind(name, p.options), name=tool_app(pool, name), route_prefix=None)
+        for name, p in config.tools.items()
+    ] + [
+        serve.RunTarget(
+            _deployment(JudgeServer, p).bind(p.judge, p.options), name=judge_app(pool, name), route_prefix=None
+        )
+        for name, p in judges(config).items()
+    ]
+    try:
+        serve.run_many(targets)
+    except RuntimeError as error:
+        raise RunFailed(f"a tool or judge server of pool {pool!r} did not start: {error}") from error
+    return [target.name for target in targets]
+
+
+def tool_specs(config: Config) -> dict[str, ToolSpec]:
+    """The protocol's tools: those that the config serves."""
+    classes: dict[str, Any] = {name: load(name) for name in config.tools}
+    return {name: cls.spec for name, cls in classes.items()}
+
+
+def _deployment(server: Any, pool: ToolPool | JudgePool) -> Any:
+    return server.options(
+        num_replicas=pool.replicas,
+        max_ongoing_requests=pool.concurrency,
+        ray_actor_options=actor_options(pool),
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=2,
+    )
+
+
+def judges(config: Config) -> dict[str, JudgePool]:
+    return {"text": config.judges.text, "image": config.judges.image}
+
+
+def actor_options(asked: Resources, threads: int = 1) -> dict[str, Any]:
+    return {
+        "num_cpus": asked.cpus,
+        "num_gpus": asked.gpus,
+        "resources": asked.resources or None,
+        "runtime_env": {"env_vars": ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}},
+    }

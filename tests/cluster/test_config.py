@@ -1,0 +1,85 @@
+"""The config is validated whole, and says what is wrong in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config, ConfigError, load
+
+GOOD = """
+name: x
+policy: {path: some/model}
+learner: {steps: 1, prompts_per_step: 4, samples_per_prompt: 2, lr: 1.0e-6}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "c.yaml").write_text(GOOD)
+    return tmp_path / "c.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.promts_per_step=3", "unknown key 'learner.promts_per_step'; did you mean 'prompts_per_step'?"),
+        ("lerner.steps=3", "unknown key 'lerner'; did you mean 'learner'?"),
+        ("tools.code.timout_s=3", "did you mean 'timeout_s'?"),
+        ("judges.text.jugde=x", "did you mean 'judge'?"),
+        ("learner.steps=many", "learner.steps: input should be a valid integer"),
+        ("learner.steps=0", "learner.steps: input should be greater than 0"),
+        ("learner.samples_per_prompt=1", "learner.samples_per_prompt: input should be greater than 1"),
+        ("reward.kind=great", "reward.kind: input should be 'default' or 'published', not 'great'"),
+        ("learner.updates_per_step=3", "must be a multiple of learner.updates_per_step"),
+        ("policy.path=null", "policy needs one of `path`"),
+        ("policy={tiny: {}}", "add an `sft` section"),
+        ("learner.steps", "must read key=value"),
+        ("name.x=1", "'name' holds a value, not keys"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(path, [override])
+    assert message in str(error.value)
+
+
+def test_a_missing_key_is_named(path: Path) -> None:
+    path.write_text(GOOD.replace("lr: 1.0e-6", ""))
+    with pytest.raises(ConfigError, match=r"learner\.lr: field required"):
+        load(path)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "", "x: 'y"])
+def test_a_file_that_holds_no_keys_is_refused(path: Path, text: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no config file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_overrides_win_and_engine_options_pass_through(path: Path) -> None:
+    config = load(
+        path, ["learner.steps=7", "rollout.engine.max_model_len=512", "learner.deepspeed={zero_optimization: {}}"]
+    )
+    assert config.learner.steps == 7
+    assert config.rollout.engine == {"max_model_len": 512}
+    assert config.learner.deepspeed == {"zero_optimization": {}}
+
+
+def test_the_resolved_config_reads_back_the_same(path: Path, tmp_path: Path) -> None:
+    config = load(path)
+    (tmp_path / "resolved.yaml").write_text(config.dump())
+    assert load(tmp_path / "resolved.yaml") == config
+
+
+def test_the_run_folder_is_absolute(path: Path) -> None:
+    assert load(path).folder.is_absolute()
+
+
+@pytest.mark.parametrize("example", sorted(p.name for p in Path("examples").glob("*.yaml")))
+def test_every_example_is_valid(example: str) -> None:
+    assert isinstance(load(Path("examples") / example), Config)

@@ -1,0 +1,42 @@
+"""A whole run submitted as a job: its working directory is a copy that Ray throws away, its run folder is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "prompts.count=8",
+    "prompts.heldout_count=4",
+    "prompts.unseen=null",
+    "sft.documents=64",
+    "sft.epochs=1",
+    "sft.threads=1",
+    "tools={code: {}}",
+    "rollout.concurrency=8",
+    "learner.threads=1",
+    "learner.steps=2",
+    "learner.prompts_per_step=2",
+    "learner.samples_per_prompt=2",
+    "learner.updates_per_step=1",
+    "learner.checkpoint_every=2",
+    "stall_s=120",
+)
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(400)
+def test_a_run_submitted_as_a_ray_job_succeeds_and_leaves_its_run_folder(head: Any, tmp_path: Path) -> None:
+    train = ["llmi", "train", "examples/tiny.yaml", "name=job", f"run_dir={tmp_path}", *SMALL]
+    submit = ["ray", "job", "submit", "--address", head.jobs, "--working-dir", ".", "--", *train]
+    done = subprocess.run(submit, env=head.env, cwd=ROOT, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0 and "succeeded" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    summary = json.loads((tmp_path / "job" / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["trajectories_trained"] == 8 and summary["trajectories_lost"] == 0
+    assert {p.name for p in (tmp_path / "job" / "policy").iterdir()} >= {"config.json", "model.safetensors"}
+    assert (tmp_path / "job" / "report.html").exists()

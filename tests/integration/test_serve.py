@@ -1,0 +1,145 @@
+"""`llmi serve` with a policy that knows one document by heart, so that its answer can be told beforehand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from agent.protocol import format_call
+
+ROOT = Path(__file__).resolve().parents[2]
+LLMI = [sys.executable, "-m", "cluster.cli"]
+QUESTION = "Show two bars, and the flag of Japan."
+TEXT = "\n".join(
+    [
+        "Here are two bars.",
+        format_call("code", "two bars", {"code": "plt.bar(['a', 'b'], [1, 2])"}),
+        "And here is the flag.",
+        format_call("search", "the flag of Japan", {"query": "flag of Japan"}),
+        "That is all.",
+    ]
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running `llmi serve`."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def ask(self, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/documents", json=body, timeout=100, trust_env=False)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest policy, trained on one document until it writes nothing else."""
+    from transformers import AutoTokenizer
+
+    from learners.sft import build_policy, run_sft
+
+    folder = tmp_path_factory.mktemp("policy")
+    build_policy(folder, [f"{QUESTION}\n{TEXT}"] * 20, vocab_size=400, hidden_size=64, layers=2, heads=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    answer = [*tokenizer.encode(TEXT, add_special_tokens=False), tokenizer.eos_token_id]
+    assert run_sft(folder, folder, [(prompt, answer)], lr=1e-2, max_steps=80, docs_per_step=1)["loss"] < 0.02
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(head: Any, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """`llmi serve` on the cluster of the tests, which can so reach into it."""
+    port, log = head.free_port(), tmp_path_factory.mktemp("serve") / "log"
+    small = ["tools={code: {}, search: {timeout_s: 3}}", "rollout.temperature=0.01", "rollout.engine.max_model_len=256"]
+    command = [*LLMI, "serve", "examples/tiny.yaml", "name=served", *small, "--model", str(policy), "--port", str(port)]
+    with open(log, "wb") as out:
+        process = subprocess.Popen(command, env=head.env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        while "serving http" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield Service(process, f"http://127.0.0.1:{port}", log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_prompt_is_answered_with_a_document_and_its_pictures(service: Service) -> None:
+    response = service.ask(prompt=QUESTION, seed=1)
+    assert response.status_code == 200, response.text
+    document = response.json()
+    assert document["text"] == TEXT
+    assert [(c["source"], c["status"], c["reason"]) for c in document["calls"]] == [
+        ("code", "ok", ""),
+        ("search", "ok", ""),
+    ]
+    code, search = document["calls"]
+    assert code["description"] == "two bars" and search["params"] == {"query": "flag of Japan"}
+    assert "Japan" in search["provenance"]["title"] and search["provenance"]["licence"]
+    assert set(document["images"]) == {*code["images"], *search["images"]}
+    for url in document["images"].values():
+        data = base64.b64decode(url.removeprefix("data:image/png;base64,"), validate=True)
+        assert Image.open(io.BytesIO(data)).width > 50
+        assert url in document["html"]
+
+
+def test_it_says_that_it_is_well(service: Service) -> None:
+    response = httpx.get(f"{service.url}/healthz", timeout=30, trust_env=False)
+    assert (response.status_code, response.json()["status"]) == (200, "ok")
+    assert response.json()["tools"] == ["code", "search"]
+
+
+def test_a_body_that_cannot_be_answered_is_refused_in_one_line(service: Service) -> None:
+    too_long = "word " * 400
+    for body, reason in (
+        ({}, "body.prompt: Field required"),
+        ({"prompt": QUESTION, "images": ["no picture"]}, "body.images.0: this is no PNG"),
+        ({"prompt": too_long}, "prompt: This model's maximum context length is 256 tokens"),
+    ):
+        response = service.ask(**body)
+        assert response.status_code == 422 and reason in response.json()["detail"], response.text
+
+
+def test_a_tool_that_is_down_costs_its_picture_but_not_the_text(service: Service, head: Any) -> None:
+    head.python("serve.delete('served-serve-tool-search')")
+    document = service.ask(prompt=QUESTION, seed=1).json()
+    assert document["text"] == TEXT
+    code, search = document["calls"]
+    assert code["status"] == "ok" and list(document["images"]) == code["images"]
+    assert search["status"] == "failed" and search["reason"].startswith("tool 'search' ")
+    assert "No picture: the flag of Japan" in document["html"]
+
+
+def test_ctrl_c_ends_it_and_takes_its_applications_down(service: Service, head: Any) -> None:
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(60) == 0, service.log.read_text()
+    left = "import time; d = time.time() + 60\nwhile serve.status().applications and time.time() < d: time.sleep(0.3)\n"
+    assert head.python(left + "print(len(serve.status().applications))").strip() == "0"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [([], "there is no policy in"), (["--model", "tests"], "--model must hold one"), (["toools=1"], "unknown key")],
+)
+def test_without_a_policy_or_with_a_wrong_key_it_ends_at_once(options: list[str], reason: str, tmp_path: Path) -> None:
+    command = [*LLMI, "serve", "examples/tiny.yaml", f"run_dir={tmp_path}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr
