@@ -41,8 +41,8 @@ class LearnerRank:
         store, hub: handles.
         model: folder or hub name to start from.
         options: of `learners.engine.Learner`.
-        recipe: `steps`, `prompts_per_step`, `updates_per_step`, `max_staleness`, `advantage`, `shuffled`, `seed`,
-            `checkpoint_every`, `keep`.
+        recipe: `steps`, `prompts_per_step`, `updates_per_step`, `passes`, `max_staleness`, `advantage`, `shuffled`,
+            `seed`, `checkpoint_every`, `keep`.
         folder: of checkpoints.
         incarnation: which life of the run this is.
     """
@@ -137,10 +137,9 @@ class LearnerRank:
         self._publish()
         publish_s = time.monotonic() - published
         if self._rank == 0:
-            ends = {name: ("trained", "") for part in plan["parts"] for name, _ in part}
-            advantages = {name: a for part in plan["parts"] for name, a in part}
+            ends = {name: ("trained", "") for name in plan["trained"]}
             for token in plan["tokens"]:
-                self._get(self._store.ack.remote(token, ends, step=self._step, advantages=advantages))
+                self._get(self._store.ack.remote(token, ends, step=self._step, advantages=plan["trained"]))
         if self._step % self._recipe["checkpoint_every"] == 0 or self._step == self._recipe["steps"]:
             self._checkpoint()
         self._report(plan, steps, time.monotonic() - started, waited, publish_s)
@@ -199,14 +198,14 @@ class LearnerRank:
         for rows in groups.values():
             advantages = advantage([r["reward"] for r in rows])
             dealt.append([(r["trajectory"], float(a)) for r, a in zip(rows, advantages, strict=True)])
-        rng.shuffle(dealt)
-        n = self._recipe["updates_per_step"]
+        parts = [part for _ in range(self._recipe["passes"]) for part in self._minibatches(dealt, rng)]
         rows = [r for group in groups.values() for r in group]
         ages = [staleness(now, min(r["versions"], default=now)) for r in rows]
         components = [dict(r["components"]) for r in rows]
         names = sorted({name for c in components for name in c})
         return {
-            "parts": [[pair for group in dealt[i::n] for pair in group] for i in range(n)],
+            "parts": parts,
+            "trained": {name: a for group in dealt for name, a in group},
             "stats": {
                 "reward": statistics.fmean(r["reward"] for r in rows),
                 "staleness": statistics.fmean(ages),
@@ -215,6 +214,11 @@ class LearnerRank:
                 **{f"reward/{k}": statistics.fmean(c.get(k, 0.0) for c in components) for k in names},
             },
         }
+
+    def _minibatches(self, dealt: list[list[tuple[str, float]]], rng: random.Random) -> list[list[tuple[str, float]]]:
+        """Groups dealt into `updates_per_step` minibatches, in an order of their own each pass."""
+        n, order = self._recipe["updates_per_step"], rng.sample(dealt, len(dealt))
+        return [[pair for group in order[i::n] for pair in group] for i in range(n)]
 
     def _read(self, plan: Mapping[str, Any]) -> list[list[Sample]]:
         """This rank's samples of every minibatch."""
@@ -258,7 +262,7 @@ class LearnerRank:
         row |= {"step_s": step_s, "wait_s": wait_s, "publish_s": publish_s, "time": time.time()}
         self._totals["busy_s"] += step_s - wait_s
         self._totals["tokens"] += int(tokens)
-        self._totals["rows_in"] += sum(len(p) for p in plan["parts"])
+        self._totals["rows_in"] += len(plan["trained"])
         self._history.append(row)
         if self._rank == 0:
             metrics.gauge("reward", row["reward"])
@@ -267,7 +271,7 @@ class LearnerRank:
             metrics.gauge("policy_version", self._step, stage="learn")
             metrics.count("tokens", tokens, stage="learn")
             metrics.observe("seconds", step_s, stage="learn")
-            metrics.count("rows_in", sum(len(p) for p in plan["parts"]), stage="learn")
+            metrics.count("rows_in", len(plan["trained"]), stage="learn")
             metrics.count("busy_seconds", step_s - wait_s, stage="learn")
 
     def _version(self) -> int:

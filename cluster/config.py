@@ -128,6 +128,7 @@ class Learner(Resources):
     prompts_per_step: int = Field(gt=0)
     samples_per_prompt: int = Field(gt=1)
     updates_per_step: int = Field(1, gt=0, description="minibatches that a step's groups are dealt into")
+    passes: int = Field(1, gt=0, description="times that a step goes through its groups")
     tokens_per_microbatch: int = Field(4096, gt=0)
     max_staleness: int = Field(1, ge=0)
     loss: str = "grpo"

@@ -36,7 +36,16 @@ _OPTIONS = (
     *("lr", "betas", "weight_decay", "schedule", "min_lr_ratio", "grad_clip", "zero_stage", "dtype", "loss"),
     *("loss_options", "tokens_per_microbatch", "threads", "deepspeed"),
 )
-_RECIPE = ("steps", "prompts_per_step", "updates_per_step", "max_staleness", "advantage", "checkpoint_every", "keep")
+_RECIPE = (
+    "steps",
+    "prompts_per_step",
+    "updates_per_step",
+    "passes",
+    "max_staleness",
+    "advantage",
+    "checkpoint_every",
+    "keep",
+)
 
 
 def init_ray() -> bool:
@@ -249,13 +258,13 @@ class Pools:
 
     def _learners(self) -> list[Any]:
         c = self.config.learner
-        recipe = {k: getattr(c, k) for k in _RECIPE} | {
+        run = {
             "shuffled": self.config.reward.shuffled,
             "seed": self.config.seed,
         }
         options = {k: getattr(c, k) for k in _OPTIONS} | {
-            "warmup_steps": c.warmup_steps * c.updates_per_step,
-            "total_steps": c.steps * c.updates_per_step,
+            "warmup_steps": c.warmup_steps * c.updates_per_step * c.passes,
+            "total_steps": c.steps * c.updates_per_step * c.passes,
         }
         return [
             _actor(LearnerRank, **actor_options(c, c.threads), max_concurrency=8).remote(

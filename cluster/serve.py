@@ -102,17 +102,14 @@ def _agent(config: Config, folder: Path, pool: str) -> Any:
 
 
 def _start_http(host: str, port: int) -> None:
-    """Serve takes its HTTP options when it starts, once; training starts it without any."""
-    found = ray_serve.status()
-    if not found.proxies:
-        if used := [name for name, app in found.applications.items() if app.status != "DELETING"]:
-            raise RunFailed(
-                f"Serve runs {', '.join(used)} on this cluster without HTTP, which cannot be added: unset RAY_ADDRESS "
-                f"to serve beside it, or run `serve start --http-host {host} --http-port {port}` before anything else"
-            )
-        ray_serve.shutdown()  # what a finished run has left; nothing, if there is none
+    """Serve takes its HTTP options once, when it starts; training starts it without any."""
     options = {"host": host, "port": port, "request_timeout_s": REQUEST_S}
     ray_serve.start(proxy_location="HeadOnly", http_options=options)
+    if not ray_serve.status().proxies:
+        raise RunFailed(
+            "Serve runs on this Ray cluster without HTTP, which cannot be added: `serve shutdown` ends it and all that "
+            f"it serves, and `serve start --http-host {host} --http-port {port}` before a run keeps both possible"
+        )
 
 
 def _check_port(host: str, port: int) -> None:

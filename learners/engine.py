@@ -40,7 +40,8 @@ class Learner:
         zero_stage: 1, 2 or 3.
         dtype: of the weights in the forward pass, float32 or bfloat16; the optimiser's own copy is float32.
         loss, loss_options: a name in `losses.LOSSES` and its options.
-        tokens_per_microbatch: rows x L of a forward pass, at most; one longer sequence passes alone.
+        tokens_per_microbatch: rows x L of a forward pass, at most; one longer sequence passes alone. On CPUs small ones
+            are fastest (500 to 1,000 tokens): their activations stay in the cache.
         gradient_checkpointing: recompute activations in the backward pass.
         threads: of torch on the CPU; None leaves them as they are.
         timeout_s: how long a rank waits for the others in any call.
@@ -72,7 +73,7 @@ class Learner:
         dtype: str = "float32",
         loss: str = "grpo",
         loss_options: Mapping[str, Any] | None = None,
-        tokens_per_microbatch: int = 2048,
+        tokens_per_microbatch: int = 1024,
         gradient_checkpointing: bool = False,
         threads: int | None = None,
         timeout_s: float = 600.0,

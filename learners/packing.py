@@ -81,6 +81,10 @@ def _token_ids(name: str, ids: object) -> np.ndarray:
     return array.astype(np.int64)
 
 
+#: A sequence shorter than this share of its micro-batch's L opens no row: no row is emptier than a fifth.
+FULL_ROW = 0.8
+
+
 @dataclass(frozen=True)
 class Plan:
     """One micro-batch: `rows[r]` lists the indices of the sequences in row r, in order; `length` is L."""
@@ -92,8 +96,8 @@ class Plan:
 def pack(lengths: Sequence[int], tokens_per_microbatch: int) -> list[Plan]:
     """Plans micro-batches of [rows, L] tokens with `rows * L <= tokens_per_microbatch`.
 
-    First-fit decreasing: L is the longest sequence left, rows of like length sit together, shorter ones fill the gaps.
-    A sequence longer than the budget gets a micro-batch of its own.
+    First-fit decreasing: L is the longest sequence left, those of nearly that length get a row each, shorter ones fill
+    the gaps or wait for a micro-batch of their own length. A sequence longer than the budget passes alone.
 
     Raises:
         ValueError: a length or the budget is below 1.
@@ -113,7 +117,7 @@ def pack(lengths: Sequence[int], tokens_per_microbatch: int) -> list[Plan]:
             if row is not None:
                 rows[row].append(i)
                 room[row] -= lengths[i]
-            elif len(rows) < capacity:
+            elif len(rows) < capacity and lengths[i] >= FULL_ROW * length:
                 rows.append([i])
                 room.append(length - lengths[i])
             else:

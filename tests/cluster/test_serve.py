@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config, ConfigError, load
-from cluster.servers import RunFailed
 from cluster.serve import _check_port, policy_folder
+from cluster.servers import RunFailed
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny.yaml"
 

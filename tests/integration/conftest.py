@@ -44,7 +44,7 @@ def tiny(runs: Path) -> Callable[..., Config]:
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Ray on this machine for one module."""
     from cluster.pools import init_ray
