@@ -68,7 +68,9 @@ class Renderer(StageWorker):
             given = await self._store.blobs.remote(row["given"]) if row["given"] else {}
             calls, made = await render(row["text"], [given[s] for s in row["given"]], self._run, self._specs)
         except Outage as outage:
-            await self._outage(token, name, outage)
+            await self._outage(token, name, str(outage))
+        except Exception as error:  # a fault of ours; it must not take the other documents with it
+            await self._outage(token, name, f"rendering broke: {type(error).__name__}: {error}")
         else:
             self.failed("call", sum(c.status != "ok" for c in calls))
             key = {k: row[k] for k in ("trajectory", "group", "attempt")} | {"turn": 0}
@@ -85,7 +87,7 @@ class Renderer(StageWorker):
     async def _run(self, tool: str, params: Mapping[str, Any], images: Sequence[Blob]) -> Made:
         return await self._tools[tool].run(params, images)
 
-    async def _outage(self, token: int, name: str, outage: Outage) -> None:
+    async def _outage(self, token: int, name: str, outage: str) -> None:
         """Infrastructure failed, not the document: try again later, at last drop it with the reason."""
         self.failed("infrastructure")
         self._outages[name] = self._outages.get(name, 0) + 1

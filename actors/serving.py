@@ -91,6 +91,8 @@ class JudgeServer:
             return self._judge.judge(doc)
         except JudgeFailed as failed:
             return str(failed) or "the judge gave no reason"
+        except Exception as error:  # one document must not take the others of its batch with it
+            return f"the judge broke: {type(error).__name__}: {error}"
 
 
 class _Client:

@@ -60,7 +60,7 @@ async def render(
     Returns:
         The outcome of every tag in order, malformed ones included, and all pictures made.
     """
-    tags = [s for s in check_references(parse(text, specs), len(given)) if isinstance(s, Call | Invalid)]
+    tags = [s for s in check_references(parse(text, specs), len(given), specs) if isinstance(s, Call | Invalid)]
     slots: list[asyncio.Future[Made]] = [_done(Made((blob,))) for blob in given]
 
     async def outcome(call: Call, before: Sequence[asyncio.Future[Made]]) -> tuple[CallOutcome, tuple[Blob, ...]]:

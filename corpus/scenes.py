@@ -37,10 +37,10 @@ _RGB: dict[str, RGB] = {
 }
 #: Where the middle of an object is, as shares of width and height.
 CENTRES: dict[str, Point] = {
-    "left": (0.26, 0.5),
-    "right": (0.74, 0.5),
-    "top": (0.5, 0.26),
-    "bottom": (0.5, 0.74),
+    "left": (0.27, 0.5),
+    "right": (0.73, 0.5),
+    "top": (0.5, 0.27),
+    "bottom": (0.5, 0.73),
     "middle": (0.5, 0.5),
 }
 #: Sky at the top, sky at the horizon, the land, its detail.
@@ -52,6 +52,7 @@ _GROUND_RGB: dict[str, tuple[RGB, RGB, RGB, RGB]] = {
     "snow": ((158, 176, 202), (180, 194, 212), (204, 214, 228), (186, 200, 218)),
 }
 _OUTLINE: RGB = (38, 34, 46)
+_NIGHT_OUTLINE: RGB = (206, 208, 226)
 _SUPERSAMPLING = 4
 #: How far a pixel may be from an object colour (Euclidean, 8-bit RGB) and still be of it.
 _REACH = {colour: 40.0 if colour == "white" else 62.0 for colour in COLOURS}
@@ -90,10 +91,9 @@ _PARTS: dict[str, list[tuple[list[Point], RGB | None]]] = {
         ([(-0.2, 0.36), (0.2, 0.36), (0.2, 1.0), (-0.2, 1.0)], (92, 70, 58)),
     ],
     "tree": [
-        ([(-0.17, 0.5), (0.17, 0.5), (0.17, 1.1), (-0.17, 1.1)], (112, 78, 54)),
-        ([(0.0, -0.3), (0.95, 0.66), (-0.95, 0.66)], None),
-        ([(0.0, -0.72), (0.72, 0.12), (-0.72, 0.12)], None),
-        ([(0.0, -1.12), (0.5, -0.42), (-0.5, -0.42)], None),
+        ([(-0.18, 0.5), (0.18, 0.5), (0.18, 1.1), (-0.18, 1.1)], (112, 78, 54)),
+        ([(0.0, -0.4), (1.0, 0.66), (-1.0, 0.66)], None),
+        ([(0.0, -1.14), (0.74, -0.06), (-0.74, -0.06)], None),
     ],
     "boat": [
         ([(-0.06, -1.1), (0.06, -1.1), (0.06, 0.4), (-0.06, 0.4)], (92, 70, 58)),
@@ -115,13 +115,15 @@ def draw(shape: str, colour: str, place: str, ground: str, rng: Random, size: in
     """
     big = size * _SUPERSAMPLING
     image = _ground(ground, rng, big)
-    x, y = (c + rng.uniform(-0.03, 0.03) for c in CENTRES[place])
-    half = rng.uniform(0.17, 0.21)
+    x, y = (c + rng.uniform(-0.02, 0.02) for c in CENTRES[place])
+    half = rng.uniform(0.19, 0.22)
     pen = ImageDraw.Draw(image)
-    for points, fill in _PARTS[shape]:
-        corners = [((x + half * px) * big, (y + half * py) * big) for px, py in points]
+    outline = _NIGHT_OUTLINE if ground == "night" else _OUTLINE
+    parts = [([((x + half * u) * big, (y + half * v) * big) for u, v in part], fill) for part, fill in _PARTS[shape]]
+    for corners, _ in parts:  # all outlines first: parts that touch become one silhouette
+        pen.line([*corners, corners[0], corners[1]], fill=outline, width=round(big * 0.04), joint="curve")
+    for corners, fill in parts:
         pen.polygon(corners, fill=fill or _RGB[colour])
-        pen.line([*corners, corners[0], corners[1]], fill=_OUTLINE, width=round(big * 0.017), joint="curve")
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -131,53 +133,42 @@ def _ground(ground: str, rng: Random, big: int) -> Image.Image:
     ramp = np.linspace(0, 1, big)[:, None] * (np.array(low) - np.array(top)) + np.array(top)
     image = Image.fromarray(np.broadcast_to(ramp[:, None], (big, big, 3)).astype(np.uint8))
     pen = ImageDraw.Draw(image)
-    horizon = (0.62 + rng.uniform(-0.03, 0.03)) * big
-    if ground == "night":
-        for _ in range(9):
-            _dot(pen, rng.uniform(0, big), rng.uniform(0, horizon), big * 0.008, detail)
-    _land(pen, horizon, 0.0 if ground == "sea" else 0.03 * big, rng, land, big)
-    _MARKS[ground](pen, horizon, rng, detail, big)
+    horizon = (0.62 + rng.uniform(-0.02, 0.02)) * big
+    _land(pen, horizon, 0.0 if ground == "sea" else 0.025 * big, rng, land, big)
+    if ground in ("desert", "snow"):
+        _land(pen, horizon + 0.17 * big, 0.03 * big, rng, detail, big)
+    else:
+        _MARKS[ground](pen, detail, big)
     return image
 
 
 def _land(pen: ImageDraw.ImageDraw, horizon: float, swell: float, rng: Random, fill: RGB, big: int) -> None:
-    start, bends = rng.uniform(0, 2 * math.pi), rng.uniform(0.8, 1.4)
-    line = [(x, horizon + swell * math.sin(start + bends * 2 * math.pi * x / big)) for x in range(0, big + 8, 8)]
+    start = rng.uniform(0, 2 * math.pi)
+    line = [(x, horizon + swell * math.sin(start + 2 * math.pi * x / big)) for x in range(0, big + 8, 8)]
     pen.polygon([*line, (big + 8, big), (0, big)], fill=fill)
 
 
-def _dot(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: RGB) -> None:
-    pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+def _waves(pen: ImageDraw.ImageDraw, fill: RGB, big: int) -> None:
+    for y in (0.72, 0.82, 0.92):
+        line = [(x, (y + 0.012 * math.sin(8 * math.pi * x / big)) * big) for x in range(0, big + 8, 4)]
+        pen.line(line, fill=fill, width=round(big * 0.02))
 
 
-def _waves(pen: ImageDraw.ImageDraw, horizon: float, rng: Random, fill: RGB, big: int) -> None:
-    for row in range(4):
-        y = horizon + (0.06 + 0.09 * row) * big
-        start = rng.uniform(0, 2 * math.pi)
-        line = [(x, y + 0.01 * big * math.sin(start + 8 * math.pi * x / big)) for x in range(0, big + 8, 8)]
-        pen.line(line, fill=fill, width=round(big * 0.014))
+def _tufts(pen: ImageDraw.ImageDraw, fill: RGB, big: int) -> None:
+    for x, y in ((0.1, 0.86), (0.3, 0.94), (0.5, 0.86), (0.7, 0.94), (0.9, 0.86)):
+        for lean in (-0.03, 0.0, 0.03):
+            pen.line([(x * big, y * big), ((x + lean) * big, (y - 0.06) * big)], fill=fill, width=round(big * 0.016))
 
 
-def _dune(pen: ImageDraw.ImageDraw, horizon: float, rng: Random, fill: RGB, big: int) -> None:
-    _land(pen, horizon + 0.16 * big, 0.035 * big, rng, fill, big)
+def _stars(pen: ImageDraw.ImageDraw, fill: RGB, big: int) -> None:
+    for x, y in ((0.08, 0.1), (0.26, 0.2), (0.1, 0.36), (0.9, 0.12), (0.76, 0.22), (0.93, 0.36), (0.4, 0.06)):
+        pen.ellipse(((x - 0.014) * big, (y - 0.014) * big, (x + 0.014) * big, (y + 0.014) * big), fill=fill)
 
 
-def _tufts(pen: ImageDraw.ImageDraw, horizon: float, rng: Random, fill: RGB, big: int) -> None:
-    for _ in range(12):
-        x, y = rng.uniform(0.02, 0.98) * big, rng.uniform(horizon + 0.07 * big, 0.97 * big)
-        pen.line([(x, y), (x, y - 0.04 * big)], fill=fill, width=round(big * 0.014))
-
-
-def _nothing(pen: ImageDraw.ImageDraw, horizon: float, rng: Random, fill: RGB, big: int) -> None:
-    pass
-
-
-_MARKS: dict[str, Callable[[ImageDraw.ImageDraw, float, Random, RGB, int], None]] = {
+_MARKS: dict[str, Callable[[ImageDraw.ImageDraw, RGB, int], None]] = {
     "meadow": _tufts,
     "sea": _waves,
-    "desert": _dune,
-    "night": _nothing,
-    "snow": _dune,
+    "night": _stars,
 }
 
 _PLACE_WORDS = {

@@ -108,7 +108,7 @@ def build_pipeline() -> StableDiffusionPipeline:
         out_channels=LATENT_CHANNELS,
         block_out_channels=(48, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         norm_num_groups=8,
         attention_head_dim=4,

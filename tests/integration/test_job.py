@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.integration.ray_head import ROOT, ray_head
+
 SMALL = (
     "prompts.count=8",
     "prompts.heldout_count=4",
@@ -30,11 +30,12 @@ SMALL = (
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(400)
-def test_a_run_submitted_as_a_ray_job_succeeds_and_leaves_its_run_folder(head: Any, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_run_submitted_as_a_ray_job_succeeds_and_leaves_its_run_folder(tmp_path: Path) -> None:
     train = ["llmi", "train", "examples/tiny.yaml", "name=job", f"run_dir={tmp_path}", *SMALL]
-    submit = ["ray", "job", "submit", "--address", head.jobs, "--working-dir", ".", "--", *train]
-    done = subprocess.run(submit, env=head.env, cwd=ROOT, capture_output=True, text=True, timeout=380)
+    with ray_head() as head:
+        submit = ["ray", "job", "submit", "--address", head.jobs, "--working-dir", ".", "--", *train]
+        done = subprocess.run(submit, env=head.env, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and "succeeded" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
     summary = json.loads((tmp_path / "job" / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["trajectories_trained"] == 8 and summary["trajectories_lost"] == 0

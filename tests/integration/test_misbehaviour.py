@@ -42,7 +42,7 @@ class Moody:
         if mood == "empty":
             return ToolResult(())
         if mood == "late":
-            time.sleep(30)
+            time.sleep(200)
         if mood == "refuse":
             raise CallFailed("not in the mood")
         if mood == "once" and not Moody.broken:
@@ -122,7 +122,7 @@ def test_every_document_ends_and_only_its_own_failures_are_its_own(outside: None
     pools.start(("render", "score"))
     for order, text in enumerate(DOCUMENTS):
         _write(pools.store, order, text)
-    ends = _wait(pools.store)
+    ends = _wait(pools)
     for name, (text, (status, reason)) in zip(sorted(ends), DOCUMENTS.items(), strict=True):
         assert ends[name][0] == status, (text, ends[name])
         assert reason in ends[name][1], (text, ends[name])
@@ -145,9 +145,10 @@ def _write(store: Any, order: int, text: str) -> None:
     ray.get(store.put.remote("generated", pa.Table.from_pylist([generated], SCHEMAS["generated"])))
 
 
-def _wait(store: Any) -> dict[str, tuple[str, str]]:
+def _wait(pools: Pools) -> dict[str, tuple[str, str]]:
     deadline = time.monotonic() + 240
-    while len(ends := ray.get(store.ends.remote("train"))) < len(DOCUMENTS):
+    while len(ends := ray.get(pools.store.ends.remote("train"))) < len(DOCUMENTS):
+        pools.watch()
         assert time.monotonic() < deadline, f"after 240 s only these ended: {ends}"
         time.sleep(0.5)
     return ends

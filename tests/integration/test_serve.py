@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from agent.protocol import format_call
+from tests.integration.ray_head import ROOT, Head, free_ports, ray_head
 
-ROOT = Path(__file__).resolve().parents[2]
 LLMI = [sys.executable, "-m", "cluster.cli"]
 QUESTION = "Show two bars, and the flag of Japan."
 TEXT = "\n".join(
@@ -32,7 +32,7 @@ TEXT = "\n".join(
     ]
 )
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ class Service:
 
     def ask(self, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/documents", json=body, timeout=100, trust_env=False)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head() as head:
+        yield head
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +71,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(head: Any, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(head: Head, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """`llmi serve` on the cluster of the tests, which can so reach into it."""
-    port, log = head.free_port(), tmp_path_factory.mktemp("serve") / "log"
+    port, log = free_ports(1)[0], tmp_path_factory.mktemp("serve") / "log"
     small = ["tools={code: {}, search: {timeout_s: 3}}", "rollout.temperature=0.01", "rollout.engine.max_model_len=256"]
     command = [*LLMI, "serve", "examples/tiny.yaml", "name=served", *small, "--model", str(policy), "--port", str(port)]
     with open(log, "wb") as out:
@@ -118,7 +124,7 @@ def test_a_body_that_cannot_be_answered_is_refused_in_one_line(service: Service)
         assert response.status_code == 422 and reason in response.json()["detail"], response.text
 
 
-def test_a_tool_that_is_down_costs_its_picture_but_not_the_text(service: Service, head: Any) -> None:
+def test_a_tool_that_is_down_costs_its_picture_but_not_the_text(service: Service, head: Head) -> None:
     head.python("serve.delete('served-serve-tool-search')")
     document = service.ask(prompt=QUESTION, seed=1).json()
     assert document["text"] == TEXT
@@ -128,7 +134,7 @@ def test_a_tool_that_is_down_costs_its_picture_but_not_the_text(service: Service
     assert "No picture: the flag of Japan" in document["html"]
 
 
-def test_ctrl_c_ends_it_and_takes_its_applications_down(service: Service, head: Any) -> None:
+def test_ctrl_c_ends_it_and_takes_its_applications_down(service: Service, head: Head) -> None:
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(60) == 0, service.log.read_text()
     left = "import time; d = time.time() + 60\nwhile serve.status().applications and time.time() < d: time.sleep(0.3)\n"

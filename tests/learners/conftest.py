@@ -17,6 +17,9 @@ from learners.packing import Sample
 
 VOCAB = 96
 
+#: Prompt and response tokens of twelve samples; the short ones fit beside the long ones.
+SIZES = [(8, 16), (5, 15), (7, 12), (3, 14), (6, 9), (9, 6), (2, 10), (4, 5), (1, 4), (1, 3), (1, 2), (2, 1)]
+
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,11 +57,10 @@ def learner(model_dir: Path) -> Iterator[Callable[..., Learner]]:
 
 @pytest.fixture(scope="session")
 def samples() -> list[Sample]:
-    """Random samples of unlike lengths, weights and masks."""
+    """Samples of unlike lengths, weights and masks."""
     rng = np.random.default_rng(3)
     made = []
-    for _ in range(12):
-        prompt, said = rng.integers(1, 9), rng.integers(1, 17)
+    for prompt, said in SIZES:
         mask = rng.random(said) < 0.8
         mask[0] = True
         made.append(
