@@ -15,6 +15,21 @@ from corpus.grammar import prompts
 from replay.record import Prompt
 
 TOOLS = ("search", "diffusion", "code", "edit")
+#: What all tags share. A tokenizer that takes each of these as one token makes a document half as long.
+PIECES = (
+    "<imgen>{'source': '",
+    "', 'description': '",
+    "', 'params': {'query': '",
+    "', 'params': {'prompt': '",
+    "', 'params': {'code': \"plt.bar(['",
+    "', 'params': {'img_index': ",
+    ", 'prompt': '",
+    "'}}</imgen>",
+    '"}}</imgen>',
+    "]); plt.title('",
+    "'], [",
+    "', '",
+)
 #: How often a wrong plan has 0, 1, 2 or 3 tags.
 _COUNTS = (0.2, 0.45, 0.25, 0.1)
 _FIRST = ("A short note on {}.", "This page is about {}.")
@@ -72,7 +87,7 @@ def _document(prompt: Prompt, plan: tuple[str, ...], rng: Random) -> str:
 
 
 #: What a tool's picture is of, in the words of the values that a question has.
-_WANTED = {"search": "real", "diffusion": "shape", "code": "data"}
+_WANTED = {"search": "real", "diffusion": "shape", "code": "counted"}
 
 
 def _topic(prompt: Prompt) -> str:
@@ -107,10 +122,11 @@ def _diffusion(prompt: Prompt, index: int) -> Call:
 
 def _code(prompt: Prompt, index: int) -> Call:
     """A bar chart of the question's numbers; of a bar for the topic if it has none."""
-    title = prompt.meta.get("title", "Things")
-    labels = prompt.meta["labels"].split(",") if "labels" in prompt.meta else [_named(prompt)[0]]
+    thing, title = _named(prompt)[0], prompt.meta.get("title", "Things")
+    labels = prompt.meta["labels"].split(",") if "labels" in prompt.meta else [thing]
     values = [int(v) for v in prompt.meta.get("values", "1").split(",")]
-    return f"chart of {' and '.join(labels)}", {"code": f"plt.bar({labels}, {values}); plt.title({title!r})"}
+    code = f"plt.bar({labels}, {values}); plt.title({title!r})"
+    return f"chart of {prompt.meta.get('counted', thing)}", {"code": code}
 
 
 def _edit(prompt: Prompt, index: int) -> Call:

@@ -83,7 +83,7 @@ def prompts(n: int, seed: int, split: str) -> list[Prompt]:
     """Make distinct prompts, a sixth of each class, the classes mixed within every six.
 
     `meta` holds `class`, `phrasing` and the values of the slots that the question fills: `real` and `query`; `scene`,
-    `shape`; `data`, `labels`, `values` and `title`; `change` and `changed`.
+    `shape`; `data`, `counted`, `labels`, `values` and `title`; `change` and `changed`.
 
     Raises:
         ValueError: no such split, or it has fewer than `n` prompts.
@@ -208,18 +208,26 @@ def _scene(unseen: bool, rng: Random) -> dict[str, str]:
 
 def _data(unseen: bool, rng: Random) -> dict[str, str]:
     title = rng.choice(list(ITEMS))
-    labels = rng.sample(ITEMS[title][unseen], rng.choice((2, 2, 3)))
+    labels = rng.sample(ITEMS[title][unseen], rng.choice((2, 2, 2, 3)))
     values = [str(v) for v in rng.sample(range(2, 10), len(labels))]
-    counted = [f"{v} {label}" for v, label in zip(values, labels, strict=True)]
-    data = f"{', '.join(counted[:-1])} and {counted[-1]}"
-    return {"data": data, "labels": ",".join(labels), "values": ",".join(values), "title": title}
+    return {
+        "data": _listed([f"{value} {label}" for value, label in zip(values, labels, strict=True)]),
+        "counted": _listed(labels),
+        "labels": ",".join(labels),
+        "values": ",".join(values),
+        "title": title,
+    }
+
+
+def _listed(things: list[str]) -> str:
+    return f"{', '.join(things[:-1])} and {things[-1]}"
 
 
 #: Slot of a phrasing -> the values that documents need of it.
 _VALUES = {
     "real": ("real", "query"),
     "scene": ("scene", "shape"),
-    "data": ("data", "labels", "values", "title"),
+    "data": ("data", "counted", "labels", "values", "title"),
     "change": ("change", "changed"),
     "changed": ("change", "changed"),
 }

@@ -51,26 +51,20 @@ def expand(text: str) -> tuple[str, ...]:
 OPENERS = (
     "",
     "",
-    "a small wish: ",
     "hello, ",
     "today: ",
-    "for my class: ",
     "a friend asks: ",
     "for the photo club: ",
     "for the art room: ",
     "for a maths lesson: ",
-    "for our map readers: ",
-    "for the newsletter: ",
 )
 ENDINGS = (
     "",
     "",
     " Thanks.",
     " Keep it short.",
-    " It is for children.",
     " My photo club will read it.",
     " My drawing teacher will read it.",
-    " Our chart makers will read it.",
 )
 UNSEEN_OPENERS = ("good morning: ", "on behalf of the library, ", "for the camera shop: ", "for a wall of paintings: ")
 UNSEEN_ENDINGS = (" Much obliged.", " The mayor reads it tonight.", " Our statistics office asked for it.")
@@ -142,22 +136,20 @@ _NONE = (
     "what does {real} look like? " + _TELL,
     "what would {scene} look like? " + _TELL,
     "what do {data} make together? " + _TELL,
-    "[present|introduce] {topic} with words alone",
-    "[write|tell me] about {topic} and [show nothing|add no photo|add no drawing|add no chart]",
+    "[present|introduce] {topic} in words alone",
+    "[write|tell me] about {topic} and [show nothing|add no photo|add no chart]",
     "[not a photo|no drawing|no chart] but words: {topic}",
     "I have never seen {real}, so [describe it|tell me of it]",
-    "I dreamt of {scene}, so [tell me what it means|write the tale]",
-    "I counted {data}, so [tell me the sum|say which are most]",
-    "[imagine|dream up] {scene} and [describe it|write the tale]",
-    "[compare|weigh] {data} with [a few words|one sentence]",
+    "I dreamt of {scene}, so [describe it|tell me of it]",
+    "I counted {data}, so tell me [the sum|which are most]",
+    "imagine {scene} and [describe it|tell me of it]",
     "instead of a [photo|drawing|chart], put here words about {topic}",
     "[no photo|no drawing|no chart], just words on {topic}",
-    "a page on {topic} [that we can read aloud|for the ear]",
+    "a page on {topic} in words alone",
     "[only mention|say only in words] {real} and {data}",
-    "{scene} is for the text only, and so are {data}",
 )
 _NONE_GIVEN = (
-    "[here is|this is|I send] my photo of {real}: [describe it|leave it as it is and tell me of it]",
+    "[here is|this is|I send] my photo of {real}: [describe it|tell me of it]",
     "what would my photo of {real} look like {changed}? " + _TELL,
 )
 _EDIT_AFTER = (
@@ -219,7 +211,7 @@ _UNSEEN_AFTER = ("bring %s before my eyes, and its twin {changed}", "%s, and onc
 
 
 def _several(pairs: tuple[str, ...], afters: tuple[str, ...]) -> Iterator[Pattern]:
-    for first, second in itertools.permutations(_WANTED, 2):
+    for first, second in itertools.combinations(_WANTED, 2):
         yield from (Pattern((first, second), text % (_WANTED[first], _WANTED[second])) for text in pairs)
     for first in ("search", "diffusion"):
         yield from (Pattern((first, "edit"), text % _WANTED[first]) for text in afters)

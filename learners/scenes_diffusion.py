@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from corpus.scenes import CENTRES, COLOURS, GROUNDS, PLACES, SHAPES, describe, draw, look
-from tools.diffusion import DiffusionTool
+from tools.diffusion import DiffusionTool, silence
 
 WORDS = (*SHAPES, *COLOURS, *PLACES, *GROUNDS)
 MAX_TOKENS = 12
@@ -295,6 +295,7 @@ def train(out: Path, minutes: float, scenes: int, seed: int = 0) -> None:
         minutes: computing time of one thread; what other programs take from it does not count.
         scenes: pictures to draw.
     """
+    silence()
     torch.manual_seed(seed)
     end, rng = time.thread_time() + minutes * 60, Random(seed)
     pipeline = build_pipeline()
@@ -311,10 +312,14 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the small text-to-image pipeline of drawn scenes.")
     parser.add_argument("out", type=Path, help="folder that the pipeline is written to")
-    parser.add_argument("--minutes", type=float, default=30.0, help="computing time, without waiting")
+    parser.add_argument("--minutes", type=float, default=45.0, help="computing time, without waiting")
     parser.add_argument("--scenes", type=int, default=12_000, help="pictures to draw")
     parser.add_argument("--prompts", type=int, default=200, help="prompts to measure the result with")
     args = parser.parse_args()
+    if args.minutes <= 0 or args.scenes < 1 or args.prompts < 1:
+        parser.error("--minutes, --scenes and --prompts must be positive")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"{args.out} is a file: name a folder")
     train(args.out, args.minutes, args.scenes)
     tool = DiffusionTool(str(args.out))
 

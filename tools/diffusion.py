@@ -47,7 +47,7 @@ class DiffusionTool:
         self,
         model: str = SCENES,
         steps: int = 8,
-        guidance: float = 1.0,
+        guidance: float = 2.0,
         size: int | None = None,
         seed: int = 0,
         threads: int = 1,
@@ -92,6 +92,16 @@ def picture_seed(seed: int, prompt: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:4], "big")
 
 
+def silence() -> None:
+    """Turn off the progress bars and the advice of diffusers and transformers, in this process."""
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def _load(model: str) -> Any:
     """The pipeline, silent, on the GPU in bfloat16 if there is one, else on the CPU in float32."""
     source = _find(model)
@@ -101,11 +111,8 @@ def _load(model: str) -> Any:
     if not gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # diffusers imports DeepSpeed, which else probes for devices
     import diffusers
-    import transformers
 
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    silence()
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             source,

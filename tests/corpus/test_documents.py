@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from agent.protocol import Call, Text, check_references, parse
-from corpus.documents import TOOLS, cold_start, gold, wrong_plan
+from corpus.documents import PIECES, TOOLS, cold_start, gold, wrong_plan
 from corpus.grammar import prompts
 from replay.record import Prompt
 from rewards.base import CallOutcome, Rendered
@@ -110,6 +110,12 @@ def test_the_cold_start_comes_of_training_prompts_only() -> None:
 def test_a_seed_gives_the_same_cold_start_again_and_another_seed_another() -> None:
     assert cold_start(60, 2) == COLD[:60]
     assert cold_start(60, 3) != COLD[:60]
+
+
+def test_the_pieces_are_in_most_tags_and_make_documents_much_shorter() -> None:
+    text = "".join(d for _, d in COLD)
+    assert all(text.count(piece) > 50 for piece in PIECES)
+    assert sum(text.count(piece) * len(piece) for piece in PIECES) > 0.3 * len(text)
 
 
 def test_documents_are_short() -> None:

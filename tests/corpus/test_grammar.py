@@ -9,7 +9,7 @@ from corpus.phrases import CLASSES
 from corpus.scenes import SHAPES
 from replay.record import Prompt
 
-TRAIN, HELD_OUT, UNSEEN = (prompts(n, 3, split) for n, split in ((3000, "train"), (1000, "heldout"), (600, "unseen")))
+TRAIN, HELD_OUT, UNSEEN = (prompts(n, 3, split) for n, split in ((2400, "train"), (600, "heldout"), (400, "unseen")))
 EVERY = TRAIN + HELD_OUT + UNSEEN
 
 
@@ -20,7 +20,7 @@ def test_each_class_is_a_sixth_of_a_split(split: str) -> None:
 
 
 def test_every_batch_of_six_holds_every_class() -> None:
-    assert all({p.meta["class"] for p in TRAIN[i : i + 6]} == set(CLASSES) for i in range(0, 3000, 6))
+    assert all({p.meta["class"] for p in TRAIN[i : i + 6]} == set(CLASSES) for i in range(0, 2400, 6))
 
 
 def test_prompts_are_distinct_and_have_ids_of_their_own() -> None:
@@ -37,8 +37,8 @@ def test_class_tools_and_image_number_agree() -> None:
 
 def test_several_tools_come_in_every_pair_that_makes_sense() -> None:
     pairs = {p.tools for p in TRAIN if len(p.tools) == 2}
-    singles = {("search", "diffusion"), ("search", "code"), ("diffusion", "code")}
-    assert pairs == singles | {(b, a) for a, b in singles} | {("search", "edit"), ("diffusion", "edit")}
+    made = {("search", "diffusion"), ("search", "code"), ("diffusion", "code")}
+    assert pairs == made | {("search", "edit"), ("diffusion", "edit")}
 
 
 def test_a_picture_comes_along_exactly_where_the_text_says_so() -> None:
@@ -59,7 +59,7 @@ def test_there_are_many_phrasings_and_each_is_listed_once() -> None:
         assert len(listed) == len(set(listed)) >= least
         assert {p.cls for p in listed} == set(CLASSES)
     requests = {r for pattern in phrases.TRAIN for r in phrases.expand(pattern.text)}
-    assert len(requests) >= 300
+    assert len(requests) >= 250
 
 
 def test_no_wording_stands_for_two_classes() -> None:
@@ -74,7 +74,7 @@ def test_the_phrasing_of_every_prompt_is_a_listed_one_of_its_class() -> None:
 
 
 def test_no_question_is_in_two_splits_whatever_the_seeds() -> None:
-    questions = {s: {p.question for seed in range(3) for p in prompts(900, seed, s)} for s in SPLITS}
+    questions = {s: {p.question for seed in range(2) for p in prompts(600, seed, s)} for s in SPLITS}
     assert not questions["train"] & questions["heldout"]
     assert not (questions["train"] | questions["heldout"]) & questions["unseen"]
 

@@ -135,7 +135,7 @@ NAMES = st.sampled_from(["prompt", "images", "extra_info", "split", "tools", "qu
 SCALARS = st.none() | st.booleans() | st.integers() | st.text()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(NAMES, inner), max_leaves=12))
 def test_no_json_whatever_ends_the_reading_of_a_file(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     source = write(tmp_path_factory.mktemp("any"), value, row(), row(images=[value]), row(tools=value, meta=value))

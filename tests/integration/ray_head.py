@@ -30,7 +30,7 @@ class Head:
         """Run a few lines in a process that has joined the cluster; returns what they print."""
         code = f"import ray\nfrom ray import serve\nray.init(log_to_driver=False)\n{code}"
         done = subprocess.run(
-            [sys.executable, "-c", code], env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=100
+            [sys.executable, "-c", code], env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=200
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -60,7 +60,7 @@ def ray_head() -> Iterator[Head]:
     }
     command = [BIN / "ray", "start", "--head", "--disable-usage-stats", *(f"--{k}={v}" for k, v in options.items())]
     try:
-        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout + done.stderr
         yield Head(env | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"}, f"http://127.0.0.1:{jobs}")
     finally:

@@ -1,6 +1,7 @@
 """The store's promises, on a real folder."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -48,8 +49,9 @@ def to_scored(store: Store, trajectory: str, at: int = 0) -> None:
     assert store.put("scored", row("scored", trajectory, reward=1.0)) == ["ok"]
 
 
-def claim(store: Store, stage: str, **options: object):
-    return store.claim(stage, **({"limit": 9, "lease_s": 10, "columns": []} | options))
+def claim(store: Store, stage: str, **options: Any) -> Any:
+    defaults: dict[str, Any] = {"limit": 9, "lease_s": 10, "columns": []}
+    return store.claim(stage, **(defaults | options))
 
 
 def reopen(store: Store, clock: Clock | None = None) -> Store:
@@ -133,7 +135,7 @@ def test_a_group_is_claimed_whole_and_only_when_complete(store: Store) -> None:
     to_scored(store, "g0/0")
     to_scored(store, "g0/1")
     assert claim(store, "scored", by_group=True) is None
-    third = store.claim("pending", limit=1, lease_s=9, columns=[])
+    third = claim(store, "pending", limit=1)
     store.ack(third.token, {"g0/2": ("dropped_data", "broken")})
     assert claim(store, "scored", by_group=True).trajectories == ["g0/0", "g0/1"]
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -9,11 +11,12 @@ import pytest
 from PIL import Image
 
 from corpus.scenes import look
-from learners.scenes_diffusion import MAX_TOKENS, build_pipeline, build_tokenizer, measure, train
+from learners.scenes_diffusion import MAX_TOKENS, build_pipeline, build_tokenizer, main, measure
 from tools.base import CallFailed, load
 from tools.diffusion import SCENES, DiffusionTool, picture_seed
 
-WEIGHTS = Path(__file__).parents[2] / SCENES
+ROOT = Path(__file__).parents[2]
+WEIGHTS = ROOT / SCENES
 PROMPT = "a red star at the top over a sea"
 
 
@@ -58,7 +61,7 @@ def save_stable_diffusion(folder: Path, **changes: object) -> Path:
         "unet": unet,
         "tokenizer": tokenizer,
         "text_encoder": CLIPTextModel(config),
-        "scheduler": DDIMScheduler(),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
     }
     pipeline = StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
@@ -178,8 +181,27 @@ def test_an_option_out_of_range_is_refused_before_anything_is_loaded(options):
 
 
 def test_the_training_script_writes_a_pipeline_that_loads(tmp_path):
-    train(tmp_path, minutes=0.02, scenes=8)
+    command = [sys.executable, "-m", "learners.scenes_diffusion", str(tmp_path)]
+    options = ["--minutes", "0.02", "--scenes", "8", "--prompts", "2"]
+    ran = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0 and "colour" in ran.stdout.splitlines()[-1], ran.stderr
     assert picture(DiffusionTool(str(tmp_path), steps=1), PROMPT).size == (64, 64)
+
+
+@pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--scenes", "0"], ["--prompts", "-1"]])
+def test_the_training_script_refuses_numbers_that_make_no_sense(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.setattr("sys.argv", ["scenes_diffusion", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "must be positive" in capsys.readouterr().err
+
+
+def test_the_training_script_does_not_write_over_a_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["scenes_diffusion", str(tmp_path / "file")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "name a folder" in capsys.readouterr().err
 
 
 def test_the_untrained_pipeline_fits_the_size_of_the_shipped_one():
