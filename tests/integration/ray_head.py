@@ -37,8 +37,8 @@ class Head:
 
 
 @contextmanager
-def ray_head() -> Iterator[Head]:
-    """Start one; at the end only its own processes are ended."""
+def ray_head(dashboard: bool = False) -> Iterator[Head]:
+    """Start one, with its dashboard if it must take jobs; at the end only its own processes are ended."""
     folder = Path(tempfile.mkdtemp(prefix="llmi-ray-", dir="/tmp"))  # short: Ray puts sockets into it
     gcs, jobs, agent, grpc, client = free_ports(5)
     # Once somebody's Ray has made a token, every later one asks for it; nothing here leaves this machine.
@@ -46,6 +46,7 @@ def ray_head() -> Iterator[Head]:
     env.pop("RAY_ADDRESS", None)
     options = {
         "port": gcs,
+        "include-dashboard": str(dashboard).lower(),
         "dashboard-port": jobs,
         "dashboard-agent-listen-port": agent,
         "dashboard-agent-grpc-port": grpc,

@@ -33,7 +33,7 @@ SMALL = (
 @pytest.mark.timeout(600)
 def test_a_run_submitted_as_a_ray_job_succeeds_and_leaves_its_run_folder(tmp_path: Path) -> None:
     train = ["llmi", "train", "examples/tiny.yaml", "name=job", f"run_dir={tmp_path}", *SMALL]
-    with ray_head() as head:
+    with ray_head(dashboard=True) as head:
         submit = ["ray", "job", "submit", "--address", head.jobs, "--working-dir", ".", "--", *train]
         done = subprocess.run(submit, env=head.env, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and "succeeded" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
