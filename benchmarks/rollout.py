@@ -13,7 +13,7 @@ from cluster.config import Config
 from cluster.console import say
 from cluster.rollout_pair import RolloutPair
 
-OVERRIDES = ("rollout.max_tokens=128", "rollout.concurrency=64")
+OVERRIDES = ("rollout.max_tokens=128", "rollout.concurrency=64", "rollout.engine.max_num_seqs=64")
 ROUNDS = 5
 GROUPS, SAMPLES = 16, 8  # of a round: the engine is filled twice
 

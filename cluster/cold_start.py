@@ -7,12 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from huggingface_hub import snapshot_download
 
 from actors.cold_start import ColdStart
 from cluster.config import Config, ConfigError
 from cluster.console import Progress, say
 from cluster.pools import PING_S
 from cluster.servers import RunFailed, actor_options
+
+
+def starting_policy(config: Config, folder: Path) -> str:
+    """Folder of the policy that a run starts from: given, fetched from the hub, or cold-started in `folder`.
+
+    Raises:
+        RunFailed: there is no such model, or the cold start failed.
+    """
+    name = config.policy.path
+    if name is None:
+        return cold_start(config, folder)
+    if Path(name).is_dir():
+        return str(Path(name).absolute())
+    try:
+        return snapshot_download(name)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise RunFailed(f"policy.path {name!r} is neither a folder nor a model that the hub gives: {why}") from None
 
 
 def cold_start(config: Config, folder: Path) -> str:

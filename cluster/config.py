@@ -219,6 +219,8 @@ def _check(config: Config, path: str | Path) -> None:
         raise ConfigError(f"{path}: policy needs one of `path` (a model) and `tiny` (one to build)")
     if config.policy.tiny and config.sft is None:
         raise ConfigError(f"{path}: a tiny policy knows nothing yet: add an `sft` section")
+    if config.learner.schedule != "constant" and config.learner.warmup_steps >= config.learner.steps:
+        raise ConfigError(f"{path}: learner.warmup_steps must be below learner.steps, or the schedule constant")
     if config.learner.prompts_per_step % config.learner.updates_per_step:
         raise ConfigError(f"{path}: learner.prompts_per_step must be a multiple of learner.updates_per_step")
 

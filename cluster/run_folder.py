@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -58,15 +59,21 @@ class RunFolder:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one optimiser step to metrics.jsonl."""
         with open(self.metrics, "a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(_line(row))
 
     def rewind(self, step: int) -> None:
         """Forget metrics of steps that were not committed."""
         kept = [row for row in self.steps() if row["step"] <= step]
-        write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        write(self.metrics, "".join(map(_line, kept)))
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         write(self.summary, json.dumps(summary, indent=2) + "\n")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """One row as strict JSON: what is not finite (a skipped step's norm) becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite) + "\n"
 
 
 def write(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ import ray
 from ray import tune
 
 from cluster import report
-from cluster.cold_start import cold_start
+from cluster.cold_start import starting_policy
 from cluster.config import Config
 from cluster.console import Progress, say
 from cluster.memory import PeakMemory
@@ -57,7 +57,7 @@ class Trainer(tune.Trainable):
         checkpoint = self.folder.checkpoint()
         self._done = checkpoint["step"] if checkpoint else 0
         self.folder.rewind(self._done)
-        model = self.run.policy.path or cold_start(self.run, self.folder.start)
+        model = starting_policy(self.run, self.folder.start)
         self._incarnation = self.folder.next_incarnation()
         say(f"starting tool servers, judges, rollout workers and learner of {self.run.name!r}")
         self._pools = Pools(self.run, model, self._incarnation, checkpoint)

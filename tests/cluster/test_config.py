@@ -31,6 +31,10 @@ def path(tmp_path: Path) -> Path:
         ("learner.samples_per_prompt=1", "learner.samples_per_prompt: input should be greater than 1"),
         ("reward.kind=great", "reward.kind: input should be 'default' or 'published', not 'great'"),
         ("learner.updates_per_step=3", "must be a multiple of learner.updates_per_step"),
+        (
+            "learner={steps: 2, warmup_steps: 2, schedule: linear, prompts_per_step: 4, samples_per_prompt: 2, lr: 1}",
+            "below",
+        ),
         ("policy.path=null", "policy needs one of `path`"),
         ("policy={tiny: {}}", "add an `sft` section"),
         ("learner.steps", "must read key=value"),

@@ -25,6 +25,7 @@ TINY = [
     "learner.prompts_per_step=3",
     "learner.samples_per_prompt=4",
     "learner.updates_per_step=1",
+    "learner.warmup_steps=0",
     "learner.checkpoint_every=1",
 ]
 
