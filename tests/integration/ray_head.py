@@ -59,7 +59,13 @@ def ray_head(dashboard: bool = False) -> Iterator[Head]:
         "object-store-memory": 256 << 20,
         "temp-dir": folder,
     }
-    command = [BIN / "ray", "start", "--head", "--disable-usage-stats", *(f"--{k}={v}" for k, v in options.items())]
+    command = [
+        str(BIN / "ray"),
+        "start",
+        "--head",
+        "--disable-usage-stats",
+        *(f"--{k}={v}" for k, v in options.items()),
+    ]
     try:
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout + done.stderr
