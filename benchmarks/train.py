@@ -15,8 +15,8 @@ from cluster.train import train
 OVERRIDES = (
     "prompts.heldout_count=16",
     "prompts.unseen=null",
-    "sft.documents=1500",
-    "sft.epochs=2",
+    "sft.documents=1600",
+    "sft.epochs=1",
     "learner.steps=12",
     "learner.checkpoint_every=12",
 )

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +132,10 @@ def _wait_for_answer(host: str, port: int) -> None:
     deadline = time.monotonic() + ANSWER_S
     while True:
         try:
-            asked = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
-            asked.request("GET", "/healthz")
-            if (status := asked.getresponse().status) == 200:
+            with closing(http.client.HTTPConnection(host, port, timeout=ANSWER_S)) as asked:
+                asked.request("GET", "/healthz")
+                status = asked.getresponse().status
+            if status == 200:
                 return
             problem = f"status {status}"
         except OSError as error:
