@@ -29,11 +29,11 @@ class ColdStart:
         """
         from transformers import AutoTokenizer
 
-        from corpus.documents import cold_start
+        from corpus.documents import PIECES, cold_start
         from learners.sft import build_policy, run_sft
 
         pairs = [(p.question, text) for p, text in cold_start(sft["documents"], seed, sft["right"])]
-        build_policy(folder, (f"{q}\n{t}" for q, t in pairs), **tiny, seed=seed)
+        build_policy(folder, (f"{q}\n{t}" for q, t in pairs), pieces=PIECES, **tiny, seed=seed)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         docs = [
             (_prompt(tokenizer, q), [*tokenizer.encode(t, add_special_tokens=False), tokenizer.eos_token_id])

@@ -48,7 +48,7 @@ def cold_start(config: Config, folder: Path) -> str:
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     say(f"cold start: {config.sft.documents} synthetic documents, right {config.sft.right:.0%} of the time")
-    options = actor_options(config.learner, config.sft.threads)
+    options = actor_options(config.learner, config.sft.threads, alone=True)
     cls: Any = ColdStart
     actor = cls.options(**options, max_concurrency=2).remote()
     run = actor.run.remote(

@@ -167,7 +167,7 @@ class Trainer(tune.Trainable):
             out |= {
                 f"{k}_{w}": s[k] for k in ("reward", "tool_accuracy") for w, s in (("before", before), ("after", after))
             }
-            out["keyword_rule_accuracy"] = keywords.accuracy(self._sets["heldout"])
+            out["keyword_rule"] = keywords.measure(self._sets["heldout"])
         out |= {
             "policy_version": f"{self._incarnation}.{self._done}",
             "trajectories_trained": counts.get("trained", 0),

@@ -2,7 +2,9 @@
 
 Cold-start documents know the protocol and what a prompt is about, but follow the right plan of tools only with a
 given probability; every other plan misses at least one required tool (or has a tag where none is wanted), so the
-tool accuracy of the documents is that probability exactly. Nothing before the first tag tells which plan follows.
+tool accuracy of the documents is that probability exactly. The first line repeats the wish in the question's own
+terms ("your photo of a crab in grey", "3 figs and 2 pears in words"), as a model that can read would understand it;
+nothing before the first tag tells which plan follows.
 """
 
 from __future__ import annotations
@@ -91,11 +93,11 @@ _WANTED = {"search": "real", "diffusion": "shape", "code": "counted"}
 
 
 def _topic(prompt: Prompt) -> str:
-    """What the document is about: what the right plan shows; where it shows nothing, what the question names."""
+    """What the document is about: what the question wants shown; where that is nothing, what it names, in words."""
     meta = prompt.meta
     own = f"your photo of {meta['real']}" if prompt.images else ""
     if not prompt.tools:
-        return own or " and ".join(_named(prompt))
+        return f"{own or ' and '.join(_named(prompt))} in words"
     shown = [f"{own or 'the same'} {meta['changed']}" if t == "edit" else meta[_WANTED[t]] for t in prompt.tools]
     return " and ".join(shown)
 

@@ -1,7 +1,7 @@
 """A keyword rule that guesses the tools of a question: what a person writes in twenty minutes of looking at prompts.
 
-Its accuracy is reported beside the policy's, so that one sees how far the built-in prompts can be solved without
-reading them.
+How often it is right is reported beside the policy's, so that one sees how far the built-in prompts can be solved
+without reading them.
 """
 
 from __future__ import annotations
@@ -51,12 +51,18 @@ def predict(question: str) -> set[str]:
     return tools
 
 
-def accuracy(prompts: Sequence[Prompt]) -> float:
-    """The share of prompts whose tools `predict` names exactly.
+def measure(prompts: Sequence[Prompt]) -> dict[str, float]:
+    """`tool_accuracy`, the share of prompts for which `predict` names every required tool (or none, where none is
+    required), and `exact_plan`, the share for which it names no other: the measures of `evals.heldout`.
 
     Raises:
         ValueError: there are no prompts.
     """
     if not prompts:
         raise ValueError("the keyword rule has no prompts to be measured on")
-    return sum(predict(p.question) == set(p.tools) for p in prompts) / len(prompts)
+    guesses = [(predict(p.question), set(p.tools)) for p in prompts]
+    right = {
+        "tool_accuracy": sum(needed <= named if needed else not named for named, needed in guesses),
+        "exact_plan": sum(named == needed for named, needed in guesses),
+    }
+    return {name: n / len(prompts) for name, n in right.items()}

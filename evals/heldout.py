@@ -23,8 +23,8 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         rows: with `COLUMNS`; those without a score (set aside or dropped) are counted apart.
 
     Returns:
-        `documents`, `unscored`, `reward` (default hybrid, strict rule), `tool_accuracy`, and `by_class` with
-        `documents`, `reward`, `tool_accuracy` for each kind of prompt.
+        `documents`, `unscored`, `reward` (default hybrid, strict rule), `tool_accuracy`, `exact_plan` (accurate, and
+        not a call too many), and `by_class` with all but `unscored` for each kind of prompt.
     """
     rows = list(rows)
     scored = [r for r in rows if r["reward_strict"] is not None]
@@ -38,8 +38,9 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _means(rows: list[Mapping[str, Any]]) -> dict[str, float]:
     if not rows:
-        return {"reward": 0.0, "tool_accuracy": 0.0}
+        return {"reward": 0.0, "tool_accuracy": 0.0, "exact_plan": 0.0}
     return {
         "reward": statistics.fmean(r["reward_strict"] for r in rows),
         "tool_accuracy": statistics.fmean(r["accurate"] for r in rows),
+        "exact_plan": statistics.fmean(r["accurate"] and len(r["calls"]) == len(r["tools"]) for r in rows),
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from learners.engine import Learner
@@ -44,6 +44,7 @@ def build_policy(
     out_dir: str | Path,
     texts: Iterable[str],
     *,
+    pieces: Sequence[str] = (),
     vocab_size: int = 2048,
     hidden_size: int = 256,
     layers: int = 4,
@@ -56,6 +57,7 @@ def build_policy(
 
     Args:
         texts: what the tokenizer learns its merges from.
+        pieces: strings that become one token each, on top of the vocabulary.
         vocab_size: largest vocabulary; a small corpus yields fewer.
         heads: of 64 numbers each, for queries, keys and values alike; they need not add up to `hidden_size`.
         intermediate_size: of the gated MLP; by default 8/3 of the hidden size, rounded up to a multiple of 32.
@@ -67,7 +69,7 @@ def build_policy(
     sizes = {"hidden_size": hidden_size, "layers": layers, "heads": heads, "max_length": max_length}
     if bad := {name: size for name, size in sizes.items() if size < 1}:
         raise ValueError(f"a policy needs sizes of at least 1, not {bad}")
-    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer = train_tokenizer(texts, vocab_size, pieces)
     pad, bos, eos = (tokenizer.convert_tokens_to_ids(t) for t in (PAD, BOS, EOS))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -90,8 +92,8 @@ def build_policy(
     tokenizer.save_pretrained(out_dir)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with the special tokens and chat template of this module; it adds no token by itself.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, pieces: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with the special tokens, the chat template and `pieces`; it adds no token by itself.
 
     Raises:
         ValueError: `vocab_size` has no room for 256 bytes and the special tokens.
@@ -106,6 +108,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
+    bpe.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=PAD,

@@ -1,7 +1,7 @@
 import pytest
 
 from corpus.grammar import prompts
-from corpus.keywords import accuracy, predict
+from corpus.keywords import measure, predict
 
 
 @pytest.mark.parametrize(
@@ -22,9 +22,14 @@ def test_plain_questions_are_understood(question: str, tools: set[str]) -> None:
 
 @pytest.mark.parametrize("split", ["train", "heldout", "unseen"])
 def test_the_rule_does_not_solve_the_prompts_but_is_no_straw_man(split: str) -> None:
-    assert 0.5 <= accuracy(prompts(600, 0, split)) <= 0.8
+    assert 0.5 <= measure(prompts(600, 0, split))["exact_plan"] <= 0.8
 
 
-def test_accuracy_without_prompts_is_refused() -> None:
+def test_a_plan_with_a_tool_too_many_is_accurate_but_not_exact() -> None:
+    prompt = next(p for p in prompts(600, 0, "train") if p.tools == ("search",) and predict(p.question) > {"search"})
+    assert measure([prompt]) == {"tool_accuracy": 1.0, "exact_plan": 0.0}
+
+
+def test_measuring_without_prompts_is_refused() -> None:
     with pytest.raises(ValueError, match="no prompts"):
-        accuracy([])
+        measure([])
