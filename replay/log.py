@@ -1,121 +1,407 @@
-"""An append-only log of Arrow record batches: one folder, numbered segments.
+"""An append-only log of Arrow record batches, in numbered segments.
 
-The open segment is an Arrow *stream* (`N.arrows`), because a torn tail there costs only the batch that was being
-written; a full one is sealed into an Arrow *file* (`N.arrow`), which readers memory-map. An `append` that returned is
-on disk (fsync). A process that dies leaves an open segment behind; the next `Log` on that folder reads what is whole
-in it and seals that.
+In a local folder the newest segment is open: `N.arrows`, the 8 magic bytes of an Arrow file and then an Arrow stream,
+which grows by one batch an append. Sealing writes the footer and renames it to `N.arrow`; nothing is copied. Beside an
+open segment lies `N.crc`, a line "end CRC-32" for each append. In a bucket nothing can grow: each append is a sealed
+segment, and small ones are merged later.
+
+An `append` that returned is durable. A torn tail (no append returned for it) is cut off by the next opening; damage
+anywhere else is an error that names the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from replay.manifest import LogState, Segment
+from replay.storage import LocalStorage, Storage, StoreError, sync_folder
+
 SEGMENT_BYTES = 64 << 20
+#: Sealed segments of a bucket's log that were not merged yet, at most.
+SMALL_SEGMENTS = 64
+_MAGIC = b"ARROW1\0\0"
+_NUMBERED = re.compile(r"(\d{8})\.(arrow|arrows)")
+_ZSTD = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
 class Log:
-    """One stage's log. Not thread-safe: one writer, in one process (`replay.store` holds the lock).
+    """One log of a store. Not thread-safe.
+
+    Batches have ids, counted from 0 since the log was opened; they stay valid until `drop`.
 
     Args:
-        folder: made if missing.
+        storage: of the store.
+        name: of the log, its folder.
         schema: of every batch.
-        segment_bytes: an open segment is sealed when it is larger.
+        state: what the manifest knows; brought up to date here, for the store to commit.
+        read_only: leave everything as it lies.
+        segment_bytes: an open segment is `full` when it is larger.
+
+    Raises:
+        StoreError: a segment is missing, cut short or damaged.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema, segment_bytes: int = SEGMENT_BYTES) -> None:
-        self.folder, self.schema, self.segment_bytes = folder, schema, segment_bytes
-        folder.mkdir(parents=True, exist_ok=True)
-        self._batches: list[pa.RecordBatch] = []
-        self._sealed = 0  # batches of `_batches` that come from sealed segments
-        for torn in sorted(folder.glob("*.tmp")):
-            torn.unlink()
-        for path in sorted(folder.glob("*.arrow")):
-            self._map(path)
-        for path in sorted(folder.glob("*.arrows")):  # at most one, and the newest
-            self._recover(path)
-        self._number = 1 + max((int(p.stem) for p in folder.glob("*.arrow")), default=-1)
-        self._file: Any = None
-        self._writer: Any = None
+    def __init__(
+        self,
+        storage: Storage,
+        name: str,
+        schema: pa.Schema,
+        state: LogState,
+        read_only: bool = False,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        self.name, self.schema, self.state = name, schema, state
+        self._storage, self._segment_bytes = storage, segment_bytes
+        self._batches: dict[int, Callable[[], pa.RecordBatch]] = {}
+        self._of: dict[str, list[int]] = {}  # segment's file -> ids of its batches
+        self._next_id = 0
+        self._open: _Open | None = None
+        self.full = False
+        sizes = {f.name: f.size for f in storage.files(name)}
+        for segment in state.segments:
+            if sizes.get(segment.file) != segment.bytes:
+                lies = f"has {sizes[segment.file]} bytes" if segment.file in sizes else "is missing"
+                raise StoreError(
+                    f"segment {storage.url}/{name}/{segment.file} {lies}, the manifest says {segment.bytes} bytes; "
+                    "restore it from a copy"
+                )
+            self._map(segment)
+        newer = sorted(f for f in sizes if (m := _NUMBERED.fullmatch(f)) and int(m[1]) >= state.next)
+        for file in newer:
+            if file.endswith("s") and file[:-1] in sizes:  # died while recovering it: the sealed one is whole
+                if not read_only:
+                    self._remove_open(file)
+            elif read_only:
+                self._read_new(file)
+            else:
+                self._take_up(file)
+
+    # ---- writing -----------------------------------------------------------------------------------------------
 
     def append(self, table: pa.Table) -> int:
-        """Make rows durable as one batch; returns its index. All of it is kept, or (after a crash) none of it."""
-        [batch] = table.select(self.schema.names).cast(self.schema).combine_chunks().to_batches()
-        if self._writer is None:
-            self._file = open(self.folder / f"{self._number:08d}.arrows", "wb")  # noqa: SIM115
-            self._writer = pa.ipc.new_stream(self._file, self.schema)
-        self._writer.write_batch(batch)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._batches.append(batch)
-        index = len(self._batches) - 1
-        if self._file.tell() >= self.segment_bytes:
-            self.seal()
-        return index
+        """Make rows durable as one batch; returns its id. All of it is kept, or (after a crash) none of it.
 
-    def __getitem__(self, index: int) -> pa.RecordBatch:
-        return self._batches[index]
+        Raises:
+            StoreError: the disk or the service refused; nothing of it is kept.
+        """
+        if not table.schema.equals(self.schema):
+            table = table.select(self.schema.names).cast(self.schema)
+        [batch] = table.combine_chunks().to_batches()
+        if isinstance(self._storage, LocalStorage):
+            self._grow(self._storage.root / self.name, batch)
+            return self._add(lambda: batch)
+        self._create(f"{self.state.next:08d}.arrow", [batch])
+        self.full = len(self._small()) >= SMALL_SEGMENTS
+        return self._next_id - 1
 
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
-        return iter(self._batches)
+    def seal(self) -> None:
+        """Close the open segment, or merge small ones; the store then commits a manifest."""
+        self.full = False
+        if isinstance(self._storage, LocalStorage):
+            if self._open is not None:
+                closing, self._open = self._open, None
+                try:
+                    sealed = closing.seal()
+                except (OSError, pa.ArrowException):  # a full disk: the rows are safe where they are
+                    closing.abandon()
+                    return
+                self._adopt(sealed, self._of.pop(closing.path.name))
+        elif len(small := self._small()) > 1:
+            self._merge(small)
+
+    def forget_sidecars(self) -> None:
+        """Remove what only open segments need, once a manifest names their sealed form."""
+        for file in self._storage.files(self.name):
+            if file.name.endswith(".crc") and f"{file.name[:-4]}.arrow" in self._of:
+                self._storage.delete(f"{self.name}/{file.name}")
+
+    def compress(self, segment: Segment) -> None:
+        """Replace a segment by a compressed one, batch for batch; the old file is left for `sweep`."""
+        ids = self._of[segment.file]
+        data = _encoded(self.schema, [self[i] for i in ids], _ZSTD)
+        file = f"z-{segment.file}"
+        self._replace([segment], file, data, ids)
+
+    def drop(self, segment: Segment) -> None:
+        """Take a segment out of the log; the file is left for `sweep`."""
+        self.state.segments.remove(segment)
+        for i in self._of.pop(segment.file):
+            del self._batches[i]
+
+    def sweep(self) -> None:
+        """Delete files that no manifest version names any more. Whoever has one mapped can still read it."""
+        named = {s.file for s in self.state.segments}
+        for file in self._storage.files(self.name):
+            number = _NUMBERED.fullmatch(file.name)
+            new = number and int(number[1]) >= self.state.next
+            if file.name not in named and not new and not file.name.endswith(".crc"):
+                self._storage.delete(f"{self.name}/{file.name}")
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    def __getitem__(self, batch: int) -> pa.RecordBatch:
+        return self._batches[batch]()
+
+    def __iter__(self) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(id, batch), oldest first."""
+        for i in list(self._batches):
+            yield i, self[i]
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def seal(self) -> None:
-        """Turn the open segment into a memory-mapped file; its rows leave this process's memory."""
-        if self._writer is None:
+    def ids(self, segment: Segment) -> list[int]:
+        """Batches of a segment."""
+        return self._of[segment.file]
+
+    @property
+    def rows(self) -> int:
+        """Rows ever appended."""
+        return self.state.rows + (self._open.rows if self._open else 0)
+
+    # ---- segments ----------------------------------------------------------------------------------------------
+
+    def _grow(self, folder: Path, batch: pa.RecordBatch) -> None:
+        if self._open is None:
+            self._open = _Open(folder / f"{self.state.next:08d}.arrows", self.schema)
+            self._of[self._open.path.name] = []
+            self.state.next += 1
+        try:
+            self._open.append(batch)
+        except (OSError, pa.ArrowException) as error:
+            # What was appended before stays an open segment, for the next opening to seal; a new one is begun.
+            self._open.abandon()
+            self._open = None
+            hint = "; free some space, then resume" if getattr(error, "errno", 0) == 28 else ""
+            raise StoreError(f"appending to {folder} failed: {error}{hint}") from error
+        self._of[self._open.path.name].append(self._next_id)
+        self.full = self._open.size >= self._segment_bytes
+
+    def _create(self, file: str, batches: Sequence[pa.RecordBatch], ids: Sequence[int] = ()) -> None:
+        data = _encoded(self.schema, batches)
+        self._storage.create(f"{self.name}/{file}", data)
+        self.state.next += 1
+        self._adopt(Segment(file, sum(b.num_rows for b in batches), len(data), zlib.crc32(data), self.state.rows), ids)
+
+    def _small(self) -> list[Segment]:
+        """The newest segments of a bucket, which were not merged yet."""
+        small = [s for s in self.state.segments if _NUMBERED.fullmatch(s.file) and s.bytes < self._segment_bytes]
+        return small[: 4 * SMALL_SEGMENTS]
+
+    def _merge(self, small: list[Segment]) -> None:
+        ids = [i for s in small for i in self._of[s.file]]
+        self._replace(small, f"m-{small[0].file}", _encoded(self.schema, [self[i] for i in ids]), ids)
+
+    def _replace(self, old: list[Segment], file: str, data: pa.Buffer, ids: Sequence[int]) -> None:
+        with contextlib.suppress(FileExistsError):  # made by a life that died before its commit: the same rows
+            self._storage.create(f"{self.name}/{file}", data)
+        size = self._storage.map(f"{self.name}/{file}")
+        new = Segment(file, sum(s.rows for s in old), len(size), zlib.crc32(size), old[0].first)
+        at = self.state.segments.index(old[0])
+        self.state.segments[at : at + len(old)] = [new]
+        for s in old:
+            del self._of[s.file]
+        self._map(new, ids)
+
+    def _adopt(self, segment: Segment, ids: Sequence[int] = ()) -> None:
+        segment = Segment(segment.file, segment.rows, segment.bytes, segment.crc32, self.state.rows)
+        self.state.segments.append(segment)
+        self._map(segment, ids)
+
+    def _map(self, segment: Segment, ids: Sequence[int] = ()) -> None:
+        """Read a segment's batches from the mapped file, under new ids or those that they had while it was open."""
+        where = f"{self._storage.url}/{self.name}/{segment.file}"
+        try:
+            reader = pa.ipc.open_file(self._storage.map(f"{self.name}/{segment.file}"))
+            count = reader.num_record_batches
+        except pa.ArrowInvalid as error:
+            raise StoreError(f"segment {where} is damaged: {error}; restore it from a copy") from error
+        ids = ids or range(self._next_id, self._next_id + count)
+        self._next_id = max(self._next_id, *(i + 1 for i in ids), 0) if count else self._next_id
+        for place, i in enumerate(ids):
+            self._batches[i] = _reads(reader, place, where)
+        self._of[segment.file] = list(ids)
+
+    def _add(self, batch: Callable[[], pa.RecordBatch]) -> int:
+        self._batches[self._next_id] = batch
+        self._next_id += 1
+        return self._next_id - 1
+
+    # ---- what the last life left -------------------------------------------------------------------------------
+
+    def _take_up(self, file: str) -> None:
+        """Bring a segment that no manifest names into the log, sealed."""
+        number = int(file[:8])
+        if file.endswith("s"):
+            batches = list(self._whole(file))
+            if batches:
+                data = _encoded(self.schema, batches)
+                self._storage.create(f"{self.name}/{file[:-1]}", data)
+            self._remove_open(file)
+            if not batches:
+                self.state.next = number + 1
+                return
+            file = file[:-1]
+        data = self._storage.map(f"{self.name}/{file}")
+        self.state.next = number + 1
+        self._adopt(Segment(file, self._count(data, file), len(data), zlib.crc32(data), 0))
+
+    def _read_new(self, file: str) -> None:
+        """Show a reader what the writer has appended since its last manifest."""
+        if file.endswith("s"):
+            self._of[file] = [self._add(lambda b=b: b) for b in self._whole(file)]
             return
-        self._writer.close()
-        self._file.close()
-        stream = Path(self._file.name)
-        self._file = self._writer = None
-        open_batches, self._batches = self._batches[self._sealed :], self._batches[: self._sealed]
-        self._seal(stream, open_batches)
-        self._number += 1
+        data = self._storage.map(f"{self.name}/{file}")
+        self._adopt(Segment(file, self._count(data, file), len(data), zlib.crc32(data), 0))
 
-    close = seal
+    def _count(self, data: pa.Buffer, file: str) -> int:
+        try:
+            reader = pa.ipc.open_file(data)
+            return sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
+        except pa.ArrowInvalid as error:
+            where = f"{self._storage.url}/{self.name}/{file}"
+            raise StoreError(f"segment {where} is damaged: {error}; restore it from a copy") from error
 
-    def _seal(self, stream: Path, batches: list[pa.RecordBatch]) -> None:
-        path, tmp = stream.with_suffix(".arrow"), stream.with_suffix(".tmp")
-        with open(tmp, "wb") as f, pa.ipc.new_file(f, self.schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-            writer.close()
-            f.flush()
-            os.fsync(f.fileno())
-        os.rename(tmp, path)
-        _fsync_folder(self.folder)
-        stream.unlink()
-        self._map(path)
+    def _remove_open(self, file: str) -> None:
+        self._storage.delete(f"{self.name}/{file}")
+        self._storage.delete(f"{self.name}/{file[:-7]}.crc")
 
-    def _map(self, path: Path) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        self._sealed = len(self._batches)
+    def _whole(self, file: str) -> Iterator[pa.RecordBatch]:
+        """The batches of an open segment that were made durable."""
+        data = self._storage.map(f"{self.name}/{file}")
+        good = checked_end(data, self._sums(file), f"{self._storage.url}/{self.name}/{file}")
+        yield from stream_batches(data.slice(0, good))
 
-    def _recover(self, stream: Path) -> None:
-        if not stream.with_suffix(".arrow").exists():
-            self._seal(stream, list(_whole_batches(stream)))
-        else:  # died between the rename and the unlink
-            stream.unlink()
+    def _sums(self, file: str) -> list[tuple[int, int]]:
+        try:
+            text = self._storage.map(f"{self.name}/{file[:-7]}.crc").to_pybytes().decode("ascii", "replace")
+        except StoreError:
+            return []
+        return parse_sums(text)
 
 
-def _whole_batches(stream: Path) -> Iterator[pa.RecordBatch]:
+def parse_sums(text: str) -> list[tuple[int, int]]:
+    """(end offset, CRC-32 of all bytes before it) for each whole line of a `.crc` file."""
+    found = re.findall(r"(\d+) (\d+)\n", text)
+    return [(int(end), int(crc)) for end, crc in found]
+
+
+def checked_end(data: pa.Buffer, sums: Sequence[tuple[int, int]], where: str) -> int:
+    """Length of the sound part of an open segment. Only its last append may be torn.
+
+    Raises:
+        StoreError: the bytes of an append are damaged, or more than the last one are missing.
+    """
+    crc = start = 0
+    for n, (end, wanted) in enumerate(sums, 1):
+        if end > len(data):
+            if n < len(sums):
+                raise StoreError(f"segment {where} was cut short at byte {len(data)}; restore it from a copy")
+            return start
+        crc = zlib.crc32(data.slice(start, end - start), crc)
+        if crc != wanted:
+            raise StoreError(f"segment {where} is damaged after byte {start}; restore it from a copy")
+        start = end
+    return len(data)  # an append whose line is missing counts if its batch is whole
+
+
+def stream_batches(data: pa.Buffer) -> Iterator[pa.RecordBatch]:
+    """Whole batches of an open segment's bytes; what follows them is a torn tail."""
+    if len(data) <= len(_MAGIC):
+        return
     try:
-        with pa.OSFile(str(stream)) as f, pa.ipc.open_stream(f) as reader:
+        with pa.ipc.open_stream(data.slice(len(_MAGIC))) as reader:
             yield from reader
-    except (pa.ArrowInvalid, OSError):  # the torn tail of a writer that died; `append` never returned for it
+    except (pa.ArrowInvalid, OSError):
         return
 
 
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+class _Open:
+    """A local segment that grows."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path, self.size, self.rows, self._crc = path, 0, 0, 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "xb")  # noqa: SIM115
+            self._sums = open(path.with_suffix(".crc"), "w")  # noqa: SIM115
+        except OSError as error:
+            raise StoreError(f"appending to {path.parent} failed: {error}") from error
+        self._writer: Any = pa.ipc.new_file(pa.PythonFile(self, "w"), schema)
+        self._good = 0
+        sync_folder(path.parent)
+
+    def append(self, batch: pa.RecordBatch) -> None:
+        self._writer.write_batch(batch)
+        self._file.flush()
+        self._sums.write(f"{self.size} {self._crc}\n")
+        self._sums.flush()  # tells a torn tail from damage; the rows do not hang on it, so it is not synced
+        os.fdatasync(self._file.fileno())
+        self._good, self.rows = self.size, self.rows + batch.num_rows
+
+    def seal(self) -> Segment:
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._sums.close()
+        sealed = self.path.with_suffix(".arrow")
+        os.rename(self.path, sealed)
+        sync_folder(sealed.parent)
+        return Segment(sealed.name, self.rows, self.size, self._crc, 0)
+
+    def abandon(self) -> None:
+        """Cut off what was not made durable, and leave the file as it is."""
+        with contextlib.suppress(OSError, ValueError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            os.truncate(self.path, self._good)
+        with contextlib.suppress(OSError, ValueError):
+            self._sums.close()
+
+    # what pyarrow asks of a file
+    closed = False
+
+    def write(self, data: bytes) -> int:
+        self._crc = zlib.crc32(data, self._crc)
+        self.size += len(data)
+        self._file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def tell(self) -> int:
+        return self.size
+
+    def close(self) -> None:
+        pass  # `seal` does
+
+
+def _encoded(
+    schema: pa.Schema, batches: Sequence[pa.RecordBatch], options: pa.ipc.IpcWriteOptions | None = None
+) -> pa.Buffer:
+    """A whole Arrow file in memory."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema, options=options) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def _reads(reader: Any, place: int, where: str) -> Callable[[], pa.RecordBatch]:
+    def read() -> pa.RecordBatch:
+        try:
+            return reader.get_batch(place)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StoreError(f"segment {where} is damaged in batch {place}: {error}; restore it from a copy") from error
+
+    return read

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 import pyarrow as pa
 
@@ -135,6 +136,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "ended": pa.schema(
         _KEY + [("status", pa.string()), ("reason", pa.string()), ("step", pa.int64()), ("advantage", pa.float64())]
     ),
+    "cursors": pa.schema([("consumer", pa.string()), ("stage", pa.string()), ("row", pa.int64())]),
     "blobs": pa.schema([("sha256", pa.string()), ("mime", pa.string()), ("data", pa.large_binary())]),
 }
 
@@ -166,6 +168,6 @@ class Blob:
     data: bytes
     mime: str = "image/png"
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.data).hexdigest()

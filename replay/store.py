@@ -4,34 +4,35 @@ Invariant: the status of every trajectory is a pure function of the logs. A row 
 stage, and so acknowledges the claim on the stage before it in the same commit; ends are rows of the log `ended`.
 Leases live in memory only: when the store comes back, everything that was claimed can be claimed again, and of two
 puts of the same row the first wins and the second is told `stale`. Nothing here knows of Ray; `actors/store.py` does.
+`docs/replay.md` has the format of the files.
 """
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from replay import manifest
+from replay.index import Index
 from replay.log import Log
+from replay.manifest import LogState, Manifest
 from replay.record import ENDS, MOVES, SCHEMAS, STAGES, TERMINAL, Blob, Status, staleness
+from replay.storage import StoreError, storage
 
-FORMAT = 1
+__all__ = ["MAX_CLAIMS", "Claim", "Store", "StoreError"]
+
 MAX_CLAIMS = 5  # a row that was claimed so often without a result takes its workers down: it is dropped
+_KEYS = ("trajectory", "group", "attempt")
 _COLUMN_STAGE = {name: stage for stage in reversed(STAGES) for name in SCHEMAS[stage].names}
-
-
-class StoreError(RuntimeError):
-    """The store cannot be opened or used as asked."""
 
 
 @dataclass
@@ -43,68 +44,76 @@ class Claim:
     rows: pa.Table
 
 
-@dataclass
-class _Entry:
-    """The index's record of one trajectory."""
-
-    group: str
-    purpose: str
-    attempt: int
-    status: Status
-    at: dict[str, tuple[int, int]] = field(default_factory=dict)  # stage -> (batch, row) in its log
-    version: int | None = None  # oldest policy version among its tokens
-    token: int = 0  # of the lease, 0 without one
-    until: float = 0.0
-    claims: int = 0
-    step: int = -1  # optimiser step that trained it
-
-
 class Store:
-    """A store in a local folder.
+    """A store in a local folder or a bucket.
 
     Args:
-        root: made if missing; locked while open.
+        url: a folder (made if missing), `file://...` or `s3://...`; locked while open.
         clock: seconds, monotonic; leases run on it.
+        read_only: show what is durable now, without lock or change; only `get`, `blobs` and what counts can be used.
 
     Raises:
-        StoreError: it is open elsewhere, or written by a newer format.
+        StoreError: it is open elsewhere, damaged, written by a newer format, or (read only) not there.
     """
 
-    def __init__(self, root: str | Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self.root, self._clock = Path(root), clock
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.root)
-        _check_format(self.root)
-        self._logs = {name: Log(self.root / name, schema) for name, schema in SCHEMAS.items()}
+    def __init__(
+        self, url: str | Path, clock: Callable[[], float] = time.monotonic, *, read_only: bool = False
+    ) -> None:
+        self.root, self._clock, self._read_only = url, clock, read_only
+        self._storage = storage(url, read_only)
+        if not read_only:
+            self._storage.lock()
+        try:
+            self._open()
+        except BaseException:
+            self._storage.unlock()
+            raise
+
+    def _open(self) -> None:
+        found = manifest.read(self._storage)
+        if found is None and self._read_only:
+            raise StoreError(f"there is no replay store in {self._storage.url}")
+        self._manifest = found or Manifest()
+        states = {name: self._manifest.logs.setdefault(name, LogState()) for name in SCHEMAS}
+        before = {name: (state.next, len(state.segments)) for name, state in states.items()}
+        self._logs = {n: Log(self._storage, n, schema, states[n], self._read_only) for n, schema in SCHEMAS.items()}
+        if not self._read_only and (
+            found is None or before != {name: (s.next, len(s.segments)) for name, s in states.items()}
+        ):
+            self._commit()
         self._tokens = itertools.count(1)
-        self._leases: dict[int, dict[str, None]] = {}  # token -> what it still holds
-        self._entries: dict[str, _Entry] = {}
-        self._groups: dict[str, list[str]] = {}
-        self._by_status: dict[Status, dict[str, None]] = {s: {} for s in Status}  # insertion order = oldest first
-        self._blobs: dict[str, tuple[int, int]] = {}
+        self._leases: dict[int, list[int]] = {}  # token -> numbers of what it still holds
+        self._index = Index()
+        self._blobs: dict[str, int] = {}  # SHA-256 -> batch << 32 | row
+        self._cursors: dict[tuple[str, str], int] = {}
         self._replay()
 
     # ---- verbs -------------------------------------------------------------------------------------------------
 
-    def put(self, stage: str, rows: pa.Table, blobs: Iterable[Blob] = ()) -> list[str]:
+    def put(self, stage: str, rows: pa.Table, blobs: pa.Table | Iterable[Blob] = ()) -> list[str]:
         """Append a stage's rows; a row that its trajectory's status does not allow (any more) is left out.
 
         Args:
             stage: `pending`, `generated`, `rendered` or `scored`.
             rows: columns of `SCHEMAS[stage]`.
-            blobs: pictures that the rows refer to; durable before the rows are.
+            blobs: pictures that the rows refer to, also as a table of `SCHEMAS["blobs"]`; durable before the rows are.
 
         Returns:
             `ok` or `stale`, one a row.
+
+        Raises:
+            StoreError: the disk or the service refused; none of the rows is kept.
         """
-        status, keys = Status(stage), rows.select(["trajectory", "attempt"]).to_pylist()
-        fresh = [self._may_move(key["trajectory"], key["attempt"], status) for key in keys]
-        first = {key["trajectory"]: i for i, key in reversed(list(enumerate(keys)))}
-        fresh = [ok and first[key["trajectory"]] == i for i, (ok, key) in enumerate(zip(fresh, keys, strict=True))]
+        status = Status(stage)
+        names, attempts = rows.column("trajectory").to_pylist(), rows.column("attempt").to_pylist()
+        first = {name: k for k, name in reversed(list(enumerate(names)))}
+        fresh = [
+            first[name] == k and self._may_move(name, attempt, status)
+            for k, (name, attempt) in enumerate(zip(names, attempts, strict=True))
+        ]
         self._put_blobs(blobs)
         if any(fresh):
-            kept = rows.filter(pa.array(fresh))
-            self._index(stage, self._logs[stage].append(kept))
+            self._append(stage, rows if all(fresh) else rows.filter(pa.array(fresh)))
         return ["ok" if ok else "stale" for ok in fresh]
 
     def claim(
@@ -133,38 +142,45 @@ class Store:
         Returns:
             None if there is nothing to claim.
         """
-        status = Status(stage)
-        names: list[str] = []
-        taken = 0
-        seen: set[str] = set()
-        queue = list(self._by_status[status])
-        for name in reversed(queue) if newest_first else queue:
-            entry = self._entries[name]
-            if taken >= limit:
+        self._expire()
+        status, index = Status(stage), self._index
+        chosen: list[list[int]] = []
+        old: list[int] = []
+        seen: set[int] = set()
+        of = index["purpose"]
+        wanted = index.purposes.get(purpose, -1) if purpose is not None else None
+        queue = index.queues[status]
+        for i in reversed(queue) if newest_first else queue:
+            if len(chosen) >= limit:
                 break
-            if entry.group in seen or entry.status is not status or (purpose is not None and entry.purpose != purpose):
+            if i in seen or (wanted is not None and of[i] != wanted):
                 continue
-            members = self._members(entry.group, status) if by_group else [name]
+            unit = [i]
             if by_group:
-                seen.add(entry.group)
-                if not self._complete(entry.group, status):
+                unit = [m for m in index.siblings(i) if index.status(m) is status]
+                seen.update(unit)
+                if status is Status.SCORED and not index.complete(i):
                     continue
-                if version is not None and self._stale(members, version, max_staleness):
-                    self._end(members, Status.REQUEUED, f"older than {max_staleness} versions")
+                if version is not None and self._stale(unit, version, max_staleness):
+                    old += unit
                     continue
-            if all(self._free(m) for m in members):
-                names += self._count_claims(members)
-                taken += 1
-        if not names:
+                if any(m not in queue for m in unit):  # leased
+                    continue
+            chosen.append(unit)
+        self._end(old, Status.REQUEUED, f"older than {max_staleness} versions")
+        ids = self._count_claims([i for unit in chosen for i in unit])
+        if not ids:
             return None
         token = next(self._tokens)
-        self._lease(names, token, lease_s)
-        return Claim(token, names, self.get(names, columns))
+        self._leases[token] = ids
+        index.lease(ids, token, self._clock() + lease_s)
+        names = [index.names[i] for i in ids]
+        return Claim(token, names, self._joined(ids, names, columns))
 
     def extend(self, token: int, lease_s: float) -> bool:
         """Prolong a lease; False if nothing of it is held any more."""
         held = self._held(token)
-        self._lease(held, token, lease_s)
+        self._index.lease(held, token, self._clock() + lease_s)
         return bool(held)
 
     def ack(
@@ -181,282 +197,324 @@ class Store:
         Returns:
             `ok` or `stale`, one an entry of `ends`, in its order.
         """
-        held = set(self._held(token))
-        fresh = {t: (Status(s), r) for t, (s, r) in ends.items() if t in held and Status(s) in self._moves(t)}
-        self._append_ends([(t, s, r, step, advantages.get(t, 0.0)) for t, (s, r) in fresh.items()])
+        held = {self._index.names[i]: i for i in self._held(token)}
+        fresh = {t: Status(s) for t, (s, _) in ends.items() if t in held and Status(s) in self._moves(held[t])}
+        self._append_ends([(held[t], s, ends[t][1], step, advantages.get(t, 0.0)) for t, s in fresh.items()])
         return ["ok" if t in fresh else "stale" for t in ends]
 
     def release(self, token: int, trajectories: Sequence[str] | None = None) -> None:
         """Give a lease back (or part of it): the rows can be claimed at once, and the claim is not counted."""
-        for name in self._held(token) if trajectories is None else set(trajectories) & set(self._held(token)):
-            self._entries[name].claims -= 1
-            self._unlease(name)
+        held = self._held(token)
+        if trajectories is not None:
+            held = [i for i in held if self._index.names[i] in set(trajectories)]
+        self._index["claims"][held] -= 1
+        self._index.unlease(held)
 
     def get(self, trajectories: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """Join columns of all stages, one row a trajectory in the order asked for.
 
         Rows of a stage that a trajectory has not reached are null. `trajectory`, `group` and `attempt` come always.
+
+        Raises:
+            KeyError: there is no such trajectory.
         """
-        names = ["trajectory", "group", "attempt", *(c for c in columns if c not in ("trajectory", "group", "attempt"))]
-        parts = {
-            "trajectory": pa.array(trajectories, pa.string()),
-            "group": pa.array([self._entries[t].group for t in trajectories], pa.string()),
-            "attempt": pa.array([self._entries[t].attempt for t in trajectories], pa.int16()),
-        }
-        wanted: dict[str, list[str]] = {}
-        for column in names[3:]:
-            wanted.setdefault(_stage_of(column), []).append(column)
-        for stage, of_stage in wanted.items():
-            parts |= self._gather(stage, of_stage, trajectories)
-        return pa.table({name: parts[name] for name in names})
+        return self._joined([self._index.ids[t] for t in trajectories], trajectories, columns)
 
     def blobs(self, names: Iterable[str]) -> dict[str, Blob]:
         """Pictures by SHA-256. Raises KeyError for one that was never put."""
         found = {}
         for name in names:
-            batch, row = self._blobs[name]
-            rows = self._logs["blobs"][batch]
+            place = self._blobs[name]
+            rows = self._logs["blobs"][place >> 32]
+            row = place & 0xFFFFFFFF
             found[name] = Blob(rows.column("data")[row].as_py(), rows.column("mime")[row].as_py())
         return found
 
     def clear(self) -> None:
         """Forget everything, on disk too."""
         for name, log in self._logs.items():
-            log.close()
-            for path in log.folder.iterdir():
-                path.unlink()
-            self._logs[name] = Log(log.folder, log.schema)
-        self._entries, self._groups, self._blobs = {}, {}, {}
-        self._by_status = {s: {} for s in Status}
+            log.seal()
+            for segment in list(log.state.segments):
+                log.drop(segment)
+            self._logs[name] = log
+        self._manifest.collected = {}
+        self._commit()
+        for log in self._logs.values():
+            log.sweep()
+        self._open_again()
+
+    # ---- readers that do not claim -----------------------------------------------------------------------------
+
+    def follow(self, consumer: str, stage: str, limit: int) -> list[str]:
+        """The next trajectories that reached a stage, in the order in which they did, after the consumer's cursor.
+
+        The cursor moves with `advance` only: whoever dies before it reads the same rows again.
+        """
+        log, start = self._logs[stage], self._cursors.get((consumer, stage), 0)
+        row, out = self._first_row(log), []
+        for _, batch in log:
+            if row + batch.num_rows > start and len(out) < limit:
+                out += batch.column("trajectory").slice(max(0, start - row), limit - len(out)).to_pylist()
+            row += batch.num_rows
+        return out
+
+    def advance(self, consumer: str, stage: str, rows: int) -> None:
+        """Move a consumer's cursor on by so many rows, durably."""
+        at = max(self._cursors.get((consumer, stage), 0), self._first_row(self._logs[stage])) + rows
+        if rows < 0 or at > self._logs[stage].rows:
+            raise StoreError(
+                f"consumer {consumer!r} cannot move to row {at} of {stage}: it has {self._logs[stage].rows}"
+            )
+        table = pa.Table.from_pylist([{"consumer": consumer, "stage": stage, "row": at}], SCHEMAS["cursors"])
+        self._append("cursors", table)
 
     # ---- for those who watch -----------------------------------------------------------------------------------
 
     def rewind(self, step: int) -> int:
         """Void what was trained after optimiser step `step` (the committed one); returns how many came back."""
-        void = [t for t in self._by_status[Status.TRAINED] if self._entries[t].step > step]
-        self._append_ends([(t, Status.SCORED, f"not committed: trained after step {step}", step, 0.0) for t in void])
+        trained = self._index.numbers(self._index.find(None, [Status.TRAINED]))
+        void = trained[self._index["step"][trained] > step].tolist()
+        self._append_ends([(i, Status.SCORED, f"not committed: trained after step {step}", step, 0.0) for i in void])
         return len(void)
 
     def counts(self, purpose: str | None = None) -> dict[str, int]:
-        """Trajectories by status."""
-        entries = (e for e in self._entries.values() if purpose in (None, e.purpose))
-        return dict(Counter(e.status.value for e in entries))
+        """Trajectories by status, those that retention removed included."""
+        kept = Counter(self._index.counts(purpose))
+        for name, gone in self._manifest.collected.items():
+            if purpose in (None, name):
+                kept.update({s: n for s, n in gone.items() if s in set(Status)})
+        return dict(kept)
 
     def groups(self, purpose: str) -> dict[str, int]:
         """Groups: `accepted` ever, `ended` (all samples at an end), `trained` (at least one sample trained)."""
-        out = Counter(accepted=0, ended=0, trained=0)
-        for members in self._groups.values():
-            statuses = {self._entries[m].status for m in members}
-            if self._entries[members[0]].purpose == purpose:
-                out.update(accepted=1, ended=statuses <= ENDS, trained=Status.TRAINED in statuses)
-        return dict(out)
+        out = self._index.group_counts(purpose)
+        gone = self._manifest.collected.get(purpose, {})
+        return {name: n + gone.get(f"groups_{name}", 0) for name, n in out.items()}
+
+    def purposes(self) -> list[str]:
+        """`train` and the names of evaluations, sorted."""
+        return sorted(self._index.purposes)
 
     def ends(self, purpose: str) -> dict[str, tuple[str, str]]:
         """Trajectory -> (status, reason) of all that are scored or have ended."""
         reasons: dict[str, str] = {}
-        for batch in self._logs["ended"]:
+        for _, batch in self._logs["ended"]:
             reasons |= zip(*batch.select(["trajectory", "reason"]).to_pydict().values(), strict=True)
-        return {
-            t: (e.status.value, reasons.get(t, ""))
-            for t, e in self._entries.items()
-            if e.purpose == purpose and e.status in TERMINAL
-        }
+        index = self._index
+        return {t: (index.status(index.ids[t]).value, reasons.get(t, "")) for t in index.find(purpose, TERMINAL)}
 
     def lost(self, purpose: str) -> int:
         """Accepted trajectories that neither live on nor ended exactly once, counted in the logs. Must be 0."""
-        accepted = {t for t, e in self._entries.items() if e.purpose == purpose}
-        ends: Counter[str] = Counter()
-        for batch in self._logs["ended"]:
-            for row in batch.select(["trajectory", "status"]).to_pylist():
-                status = Status(row["status"])
-                ends[row["trajectory"]] += status in ENDS
-                if status is Status.SCORED:  # a rewind voids the end before it
-                    ends[row["trajectory"]] -= 1
-        alive = {t for s in STAGES for t in self._by_status[s]}
-        return sum((t in alive) + ends[t] != 1 for t in accepted)
+        index = self._index
+        ends = np.zeros(len(index.names), np.int64)
+        for _, batch in self._logs["ended"]:
+            status = batch.column("status").to_pylist()
+            ids = index.numbers(batch.column("trajectory").to_pylist())
+            # a rewind, a row with status "scored", voids the end before it
+            change = np.array([1 if s in ENDS else -1 if s == Status.SCORED else 0 for s in status], np.int64)
+            np.add.at(ends, ids[ids >= 0], change[ids >= 0])
+        accepted = index.numbers(index.find(purpose))
+        return int(np.sum(index.alive()[accepted] + ends[accepted] != 1))
 
     def cursor(self, purpose: str) -> int:
-        """The `order` that the next prompt of this purpose gets."""
-        return sum(self._entries[m[0]].purpose == purpose for m in self._groups.values())
+        """The `order` that the next prompt of this purpose gets: groups accepted ever."""
+        return self.groups(purpose)["accepted"]
 
     def newest_version(self) -> int | None:
         """The newest policy version that any row holds."""
-        return max((e.version for e in self._entries.values() if e.version is not None), default=None)
+        versions = self._index["version"][: len(self._index.names)]
+        return int(versions.max()) if len(versions) and versions.max() >= 0 else None
 
     def find(self, purpose: str, statuses: Iterable[str] | None = None) -> list[str]:
         """Trajectories of a purpose (at these statuses), oldest first."""
-        wanted = set(statuses) if statuses is not None else {s.value for s in Status}
-        return [t for t, e in self._entries.items() if e.purpose == purpose and e.status.value in wanted]
+        return self._index.find(purpose, statuses)
+
+    def version(self) -> dict[str, int]:
+        """Rows ever appended to each log: names a state of the store."""
+        return {name: log.rows for name, log in self._logs.items()}
 
     def close(self) -> None:
-        for log in self._logs.values():
-            log.close()
-        os.close(self._lock)
+        if not self._read_only:
+            for log in self._logs.values():
+                log.seal()
+            self._commit()
+            self._storage.unlock()
 
-    # ---- the index ---------------------------------------------------------------------------------------------
+    # ---- the logs ----------------------------------------------------------------------------------------------
+
+    def _append(self, name: str, rows: pa.Table) -> None:
+        log = self._logs[name]
+        batch = log.append(rows)
+        self._take(name, batch, log[batch])
+        if log.full:
+            log.seal()
+            self._commit()
+
+    def _commit(self) -> None:
+        self._manifest.commit(self._storage)
+        for log in self._logs.values():
+            log.forget_sidecars()
+
+    def _open_again(self) -> None:
+        self._logs = {}
+        self._open()
 
     def _replay(self) -> None:
-        for i, batch in enumerate(self._logs["blobs"]):
-            self._index_blobs(i, batch.column("sha256").to_pylist())
-        for i in range(len(self._logs[Status.PENDING])):
-            self._index(Status.PENDING, i)
-        for batch in self._logs["ended"]:  # first the requeues: they tell which attempt of a trajectory counts
-            self._index_ends(batch.filter(pc.equal(batch.column("status"), Status.REQUEUED)))
-        for stage in STAGES[1:]:
-            for i in range(len(self._logs[stage])):
-                self._index(stage, i)
-        for batch in self._logs["ended"]:
-            self._index_ends(batch.filter(pc.not_equal(batch.column("status"), Status.REQUEUED)))
+        """Build the index from the logs. First the requeues: they tell which attempt of a trajectory counts."""
+        self._index.bulk(True)
+        self._index_all(Status.PENDING)
+        for _, batch in self._logs["ended"]:
+            self._index.attempts(batch.filter(pc.equal(batch.column("status"), Status.REQUEUED.value)))
+        for name in (*STAGES[1:], "ended", "blobs", "cursors"):
+            self._index_all(name)
+        self._index.bulk(False)
 
-    def _index(self, stage: str, i: int) -> None:
-        batch, status = self._logs[stage][i], Status(stage)
-        columns = ["trajectory", "group", "attempt"] + (["purpose"] if stage == Status.PENDING else [])
-        for row, key in enumerate(batch.select(columns).to_pylist()):
-            name = key["trajectory"]
-            if status is Status.PENDING:
-                if name not in self._entries:
-                    self._groups.setdefault(key["group"], []).append(name)
-                self._entries[name] = _Entry(key["group"], key["purpose"], key["attempt"], status)
-                self._by_status[status][name] = None
-            entry = self._entries[name]
-            if key["attempt"] != entry.attempt and status is not Status.PENDING:
-                continue
-            entry.at[stage] = (i, row)
-            if stage == Status.GENERATED:
-                entry.version = min(batch.column("versions")[row].values.to_pylist(), default=0)
-            self._move(name, status)
+    def _index_all(self, name: str) -> None:
+        for i, batch in self._logs[name]:
+            self._take(name, i, batch)
 
-    def _index_ends(self, batch: pa.RecordBatch) -> None:
-        for row in batch.select(["trajectory", "attempt", "status", "step"]).to_pylist():
-            name, status = row["trajectory"], Status(row["status"])
-            entry = self._entries[name]
-            if row["attempt"] != entry.attempt:
-                continue
-            entry.step = row["step"]
-            if status is Status.REQUEUED:
-                entry.attempt += 1
-                entry.at, entry.version = {"pending": entry.at["pending"]}, None
-                status = Status.PENDING
-            self._move(name, status)
+    def _take(self, name: str, i: int, batch: pa.RecordBatch) -> None:
+        """Bring the index up to date with a batch of a log."""
+        places = (i << 32) + np.arange(batch.num_rows)
+        if name == Status.PENDING:
+            self._index.accept(batch, places)
+        elif name == "ended":
+            self._index.end(batch)
+        elif name == "blobs":
+            self._blobs.update(zip(batch.column("sha256").to_pylist(), places.tolist(), strict=True))
+        elif name == "cursors":
+            keys = zip(batch.column("consumer").to_pylist(), batch.column("stage").to_pylist(), strict=True)
+            self._cursors.update(zip(keys, batch.column("row").to_pylist(), strict=True))
+        else:
+            self._index.reach(Status(name), batch, places)
 
-    def _move(self, name: str, status: Status) -> None:
-        entry = self._entries[name]
-        self._by_status[entry.status].pop(name, None)
-        self._by_status[status][name] = None
-        entry.status, entry.claims = status, 0
-        self._unlease(name)
-
-    # ---- helpers -----------------------------------------------------------------------------------------------
-
-    def _moves(self, name: str) -> frozenset[Status]:
-        return MOVES[self._entries[name].status]
-
-    def _may_move(self, name: str, attempt: int, status: Status) -> bool:
-        if status is Status.PENDING:
-            return name not in self._entries
-        entry = self._entries.get(name)
-        return entry is not None and entry.attempt == attempt and status in MOVES[entry.status]
-
-    def _members(self, group: str, status: Status) -> list[str]:
-        return [m for m in self._groups[group] if self._entries[m].status is status]
-
-    def _complete(self, group: str, status: Status) -> bool:
-        return status is not Status.SCORED or all(self._entries[m].status in TERMINAL for m in self._groups[group])
-
-    def _stale(self, members: Sequence[str], version: int, bound: int) -> bool:
-        return any(staleness(version, self._entries[m].version or 0) > bound for m in members)
-
-    def _free(self, name: str) -> bool:
-        entry = self._entries[name]
-        return not entry.token or entry.until <= self._clock()
-
-    def _held(self, token: int) -> list[str]:
-        return list(self._leases.get(token, ()))
-
-    def _lease(self, names: Sequence[str], token: int, lease_s: float) -> None:
-        for name in names:
-            self._unlease(name)
-            self._leases.setdefault(token, {})[name] = None
-            self._entries[name].token, self._entries[name].until = token, self._clock() + lease_s
-
-    def _unlease(self, name: str) -> None:
-        entry = self._entries[name]
-        held = self._leases.get(entry.token, {})
-        held.pop(name, None)
-        if not held:
-            self._leases.pop(entry.token, None)
-        entry.token = 0
-
-    def _count_claims(self, members: Sequence[str]) -> list[str]:
-        """Those of `members` that may be claimed once more; the others have had their chances."""
-        spent = [m for m in members if self._entries[m].claims >= MAX_CLAIMS]
-        self._end(spent, Status.DROPPED_DATA, f"claimed {MAX_CLAIMS} times without a result")
-        for m in members:
-            self._entries[m].claims += 1
-        return [m for m in members if m not in spent]
-
-    def _end(self, names: Sequence[str], status: Status, reason: str) -> None:
-        self._append_ends([(n, status, reason, -1, 0.0) for n in names])
-
-    def _append_ends(self, ends: Sequence[tuple[str, Status, str, int, float]]) -> None:
+    def _append_ends(self, ends: Sequence[tuple[int, Status, str, int, float]]) -> None:
         if not ends:
             return
+        index = self._index
         rows = [
             {
-                "trajectory": name,
-                "group": self._entries[name].group,
-                "attempt": self._entries[name].attempt,
+                "trajectory": index.names[i],
+                "group": index.group_name(i),
+                "attempt": int(index["attempt"][i]),
                 "turn": 0,
                 "status": status.value,
                 "reason": reason,
                 "step": step,
                 "advantage": advantage,
             }
-            for name, status, reason, step, advantage in ends
+            for i, status, reason, step, advantage in ends
         ]
-        log = self._logs["ended"]
-        self._index_ends(log[log.append(pa.Table.from_pylist(rows, SCHEMAS["ended"]))])
+        self._append("ended", pa.Table.from_pylist(rows, SCHEMAS["ended"]))
 
-    def _put_blobs(self, blobs: Iterable[Blob]) -> None:
-        new = {b.sha256: b for b in blobs if b.sha256 not in self._blobs}
+    def _end(self, ids: Sequence[int], status: Status, reason: str) -> None:
+        self._append_ends([(i, status, reason, -1, 0.0) for i in ids])
+
+    def _put_blobs(self, blobs: pa.Table | Iterable[Blob]) -> None:
+        if not isinstance(blobs, pa.Table):
+            blobs = blob_table(blobs)
+        names = blobs.column("sha256").to_pylist()
+        first = {name: k for k, name in reversed(list(enumerate(names)))}
+        new = [k for k, name in enumerate(names) if name not in self._blobs and first[name] == k]
         if new:
-            rows = [{"sha256": sha, "mime": b.mime, "data": b.data} for sha, b in new.items()]
-            self._index_blobs(self._logs["blobs"].append(pa.Table.from_pylist(rows, SCHEMAS["blobs"])), new)
+            self._append("blobs", blobs if len(new) == len(names) else blobs.take(pa.array(new)))
 
-    def _index_blobs(self, batch: int, names: Iterable[str]) -> None:
-        self._blobs |= {sha: (batch, row) for row, sha in enumerate(names)}
+    def _first_row(self, log: Log) -> int:
+        return log.state.segments[0].first if log.state.segments else 0
 
-    def _gather(self, stage: str, columns: Sequence[str], trajectories: Sequence[str]) -> dict[str, Any]:
-        log, schema = self._logs[stage], pa.schema([SCHEMAS[stage].field(c) for c in columns])
-        empty = pa.RecordBatch.from_pylist([dict.fromkeys(columns)], schema)
-        places = [self._entries[t].at.get(stage) for t in trajectories]
-        rows = [log[at[0]].select(columns).slice(at[1], 1) if at else empty for at in places]
-        table = pa.Table.from_batches(rows, schema).combine_chunks()
+    # ---- leases and moves --------------------------------------------------------------------------------------
+
+    def _moves(self, i: int) -> frozenset[Status]:
+        return MOVES[self._index.status(i)]
+
+    def _may_move(self, name: str, attempt: int, status: Status) -> bool:
+        i = self._index.ids.get(name)
+        if status is Status.PENDING:
+            return i is None
+        return i is not None and self._index["attempt"][i] == attempt and status in self._moves(i)
+
+    def _stale(self, members: Sequence[int], version: int, bound: int) -> bool:
+        return any(staleness(version, max(0, int(self._index["version"][m]))) > bound for m in members)
+
+    def _held(self, token: int) -> list[int]:
+        """What a lease still holds: not what has moved on, or was claimed by another after it ran out."""
+        held = [i for i in self._leases.get(token, ()) if self._index["token"][i] == token]
+        if held:
+            self._leases[token] = held
+        else:
+            self._leases.pop(token, None)
+        return held
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for token in list(self._leases):
+            held = self._held(token)
+            if held and self._index["until"][held[0]] <= now:
+                self._index.unlease(held)
+                del self._leases[token]
+
+    def _count_claims(self, ids: list[int]) -> list[int]:
+        """Those that may be claimed once more; the others have had their chances."""
+        claims = self._index["claims"]
+        spent = {i for i in ids if claims[i] >= MAX_CLAIMS}
+        self._end(sorted(spent), Status.DROPPED_DATA, f"claimed {MAX_CLAIMS} times without a result")
+        kept = [i for i in ids if i not in spent]
+        self._index["claims"][kept] += 1
+        return kept
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    def _joined(self, ids: Sequence[int], names: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        parts: dict[str, Any] = {
+            "trajectory": pa.array(names, pa.string()),
+            "group": pa.array([self._index.group_name(i) for i in ids], pa.string()),
+            "attempt": pa.array(self._index["attempt"][list(ids)], pa.int16()),
+        }
+        order = [*_KEYS, *(c for c in columns if c not in _KEYS)]
+        wanted: dict[str, list[str]] = {}
+        for column in order[len(_KEYS) :]:
+            wanted.setdefault(_stage_of(column), []).append(column)
+        for stage, of_stage in wanted.items():
+            parts |= self._gather(stage, of_stage, self._index[stage][list(ids)])
+        return pa.table({name: parts[name] for name in order})
+
+    def _gather(self, stage: str, columns: Sequence[str], places: np.ndarray) -> dict[str, Any]:
+        """Columns at `places` of a stage's log, in their order; null where a place is -1."""
+        schema = pa.schema([SCHEMAS[stage].field(c) for c in columns])
+        batches, order = [], []
+        for batch in np.unique(places >> 32):
+            at = np.nonzero(places >> 32 == batch)[0]
+            if batch < 0:
+                batches.append(pa.RecordBatch.from_pylist([dict.fromkeys(columns)] * len(at), schema))
+            else:
+                batches.append(_rows(self._logs[stage][int(batch)].select(columns), places[at] & 0xFFFFFFFF))
+            order.append(at)
+        table = pa.Table.from_batches(batches, schema)
+        if len(batches) > 1:
+            back = np.argsort(np.concatenate(order), kind="stable")
+            table = table.combine_chunks()
+            if not np.array_equal(back, np.arange(len(back))):
+                table = table.take(pa.array(back))
         return {c: table.column(c) for c in columns}
+
+
+def blob_table(blobs: Iterable[Blob]) -> pa.Table:
+    """Pictures as rows of `SCHEMAS["blobs"]`, with their hashes."""
+    rows = [(b.sha256, b.mime, b.data) for b in blobs]
+    columns = list(zip(*rows, strict=True)) if rows else [(), (), ()]
+    return pa.table(
+        [pa.array(c, f.type) for c, f in zip(columns, SCHEMAS["blobs"], strict=True)], schema=SCHEMAS["blobs"]
+    )
+
+
+def _rows(batch: pa.RecordBatch, rows: np.ndarray) -> pa.RecordBatch:
+    """Rows of a batch; neighbours are a slice, without a copy."""
+    if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+        return batch.slice(int(rows[0]), len(rows))
+    return batch.take(pa.array(rows, pa.int64()))
 
 
 def _stage_of(column: str) -> str:
     if column not in _COLUMN_STAGE:
         raise StoreError(f"no stage has a column {column!r}; there are {', '.join(sorted(_COLUMN_STAGE))}")
     return _COLUMN_STAGE[column]
-
-
-def _lock(root: Path) -> int:
-    fd = os.open(root / "LOCK", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(fd, 200).decode() or "another process"
-        os.close(fd)
-        raise StoreError(f"the store {root} is open in {owner}; stop it first, or use another folder") from None
-    os.ftruncate(fd, 0)
-    os.write(fd, f"process {os.getpid()}".encode())
-    return fd
-
-
-def _check_format(root: Path) -> None:
-    path = root / "FORMAT"
-    if not path.exists():
-        path.write_text(json.dumps({"format": FORMAT}))
-    if (found := json.loads(path.read_text())["format"]) > FORMAT:
-        raise StoreError(f"the store {root} has format {found}, this llmi reads up to {FORMAT}; use a newer llmi")

@@ -1,5 +1,7 @@
 """The store's promises, on a real folder."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -204,22 +206,38 @@ def test_what_was_trained_after_the_committed_step_comes_back_once(store: Store)
     assert reopen(store).counts() == {"trained": 2}
 
 
-def test_a_torn_tail_costs_only_the_put_that_never_returned(store: Store) -> None:
+def killed(store: Store, to: Path) -> Path:
+    """The folder as a process that dies now leaves it."""
+    return Path(shutil.copytree(store.root, to))
+
+
+def test_a_torn_tail_costs_only_the_put_that_never_returned(store: Store, tmp_path: Path) -> None:
     store.put("pending", pending("a"))
     store.put("pending", pending("b"))
-    [segment] = (store.root / "pending").glob("*.arrows")
-    whole = segment.read_bytes()
-    store.close()
-    (store.root / "pending" / "00000000.arrow").unlink()
-    segment.write_bytes(whole[:-7])
-    again = Store(store.root)
+    left = killed(store, tmp_path / "left")
+    [segment] = (left / "pending").glob("*.arrows")
+    os.truncate(segment, segment.stat().st_size - 7)
+    again = Store(left)
     assert again.find("train") == ["a/0", "a/1"]
+    assert again.put("pending", pending("b")) == ["ok", "ok"]
+
+
+def test_damage_before_the_tail_is_an_error_that_names_the_file(store: Store, tmp_path: Path) -> None:
+    store.put("pending", pending("a"))
+    store.put("pending", pending("b"))
+    left = killed(store, tmp_path / "left")
+    [segment] = (left / "pending").glob("*.arrows")
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)
+    with pytest.raises(StoreError, match=r"00000000\.arrows is damaged after byte \d+; restore it from a copy"):
+        Store(left)
 
 
 def test_a_picture_is_stored_once(store: Store) -> None:
     store.put("pending", pending("a"), [Blob(b"x"), Blob(b"x")])
     store.put("pending", pending("b"), [Blob(b"x")])
-    assert sum(b.num_rows for b in store._logs["blobs"]) == 1
+    assert sum(b.num_rows for _, b in store._logs["blobs"]) == 1
 
 
 def test_an_open_store_refuses_a_second_owner_by_name(store: Store) -> None:
@@ -229,7 +247,8 @@ def test_an_open_store_refuses_a_second_owner_by_name(store: Store) -> None:
 
 def test_a_store_of_a_newer_format_is_refused(store: Store) -> None:
     store.close()
-    (store.root / "FORMAT").write_text('{"format": 99}')
+    newest = sorted((store.root / "manifest").iterdir())[-1]
+    newest.write_text('{"format": 99}')
     with pytest.raises(StoreError, match="format 99"):
         Store(store.root)
 

@@ -1,0 +1,284 @@
+"""Where a store's files lie: a local folder, or a bucket behind the S3 protocol.
+
+Both keep the same promise: a file that was made with `create` is there whole or not at all, and of two who make the
+same name the second is refused. Nothing else is asked of them; only a local folder can also grow a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+
+
+class StoreError(RuntimeError):
+    """The store cannot be opened, read or written as asked; the message says what to do."""
+
+
+class File(NamedTuple):
+    """A file of a folder: its name in it, and its size in bytes."""
+
+    name: str
+    size: int
+
+
+class Storage(Protocol):
+    """Files by name, `FOLDER/FILE`.
+
+    All methods raise StoreError with a clear sentence where the disk or the service fails.
+    """
+
+    url: str
+
+    def files(self, folder: str) -> list[File]:
+        """Sorted by name; empty if there is no such folder."""
+
+    def create(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Write a whole file, durably. FileExistsError if the name is taken (by other bytes)."""
+
+    def map(self, name: str) -> pa.Buffer:
+        """The bytes of a file, memory-mapped. They stay readable when the file is deleted."""
+
+    def delete(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    def lock(self) -> None:
+        """Become the only writer, or raise StoreError with the name of the other one."""
+
+    def unlock(self) -> None:
+        """Let another one write."""
+
+
+def storage(url: str | Path, read_only: bool = False) -> Storage:
+    """The storage behind `s3://BUCKET/PATH`, `file://PATH` or a path.
+
+    Raises:
+        StoreError: no such place (`read_only`), or it cannot be made or reached.
+    """
+    text = str(url)
+    if text.startswith("s3://"):
+        return S3Storage(text.rstrip("/"))
+    return LocalStorage(Path(text.removeprefix("file://")).expanduser().absolute(), read_only)
+
+
+def me() -> str:
+    """This process, as the lock names it."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+class LocalStorage:
+    """A folder. Only one process at a time may write; any may read."""
+
+    def __init__(self, root: Path, read_only: bool = False) -> None:
+        self.root, self.url = root, str(root)
+        self._lock: int | None = None
+        if read_only:
+            return
+        with _explained(f"the store {root}"):
+            root.mkdir(parents=True, exist_ok=True)
+
+    def files(self, folder: str) -> list[File]:
+        with _explained(f"the store {self.root}"):
+            try:
+                found = [File(e.name, e.stat().st_size) for e in os.scandir(self.root / folder) if e.is_file()]
+            except FileNotFoundError:
+                return []
+        return sorted(f for f in found if not f.name.endswith(".tmp"))
+
+    def create(self, name: str, data: bytes | pa.Buffer) -> None:
+        path = self.root / name
+        with _explained(f"writing {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd, tmp = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+            try:
+                with open(fd, "wb") as f:
+                    f.write(data)
+                    f.flush()
+                    os.fsync(fd)
+                os.link(tmp, path)  # unlike a rename, it is refused where the name is taken
+            finally:
+                os.unlink(tmp)
+            sync_folder(path.parent)
+
+    def map(self, name: str) -> pa.Buffer:
+        return _mapped(self.root / name)
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError), _explained(f"deleting {self.root / name}"):
+            (self.root / name).unlink()
+
+    def lock(self) -> None:
+        with _explained(f"the store {self.root}"):
+            fd = os.open(self.root / "LOCK", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(fd, 200).decode() or "another process"
+            os.close(fd)
+            raise _taken(self.url, owner) from None
+        os.ftruncate(fd, 0)
+        os.write(fd, me().encode())
+        self._lock = fd
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+class S3Storage:
+    """A bucket of any service that speaks S3 and honours `If-None-Match`; credentials from AWS's standard chain.
+
+    An object that was read is kept in a local cache under its ETag, and mapped from there. The lock is an object that
+    its owner renews; it is taken over when it was not renewed for `LOCK_S`, or when its owner was a process of this
+    machine that is gone. A writer that lost it cannot harm: numbers of segments are taken once only.
+    """
+
+    LOCK_S = 60.0
+    CACHE_BYTES = 8 << 30
+    _CALLS: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 8}}
+
+    def __init__(self, url: str) -> None:
+        import s3fs
+
+        self.url, self._root = url, url.removeprefix("s3://")
+        self._fs = s3fs.S3FileSystem(use_listings_cache=False, config_kwargs=self._CALLS)
+        self._cache = Path(tempfile.gettempdir()) / f"llmi-cache-{os.getuid()}"
+        self._cache.mkdir(mode=0o700, exist_ok=True)
+        self._renewed = 0.0
+        self._held = False
+
+    def files(self, folder: str) -> list[File]:
+        with _explained(f"listing {self.url}/{folder}"):
+            try:
+                found = self._fs.ls(f"{self._root}/{folder}", detail=True, refresh=True)
+            except FileNotFoundError:
+                return []
+        return sorted(File(f["name"].rsplit("/", 1)[1], f["size"]) for f in found if f["type"] == "file")
+
+    def create(self, name: str, data: bytes | pa.Buffer) -> None:
+        self._renew()
+        whole = data.to_pybytes() if isinstance(data, pa.Buffer) else data
+        with _explained(f"writing {self.url}/{name}"):
+            try:
+                self._fs.pipe_file(f"{self._root}/{name}", whole, mode="create")
+            except FileExistsError:  # also where our own first try went through, and only its answer was lost
+                if self._fs.cat_file(f"{self._root}/{name}") != whole:
+                    raise
+
+    def map(self, name: str) -> pa.Buffer:
+        path = f"{self._root}/{name}"
+        with _explained(f"reading {self.url}/{name}"):
+            info = self._fs.info(path, refresh=True)
+            key = hashlib.sha256(f"{self._fs.endpoint_url} {path} {info['ETag']}".encode()).hexdigest()
+            cached = self._cache / key
+            if not cached.exists() or cached.stat().st_size != info["size"]:
+                self._make_room(info["size"])
+                fd, tmp = tempfile.mkstemp(suffix=".tmp", dir=self._cache)
+                os.close(fd)
+                self._fs.get_file(path, tmp)
+                os.rename(tmp, cached)
+        return _mapped(cached)
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError), _explained(f"deleting {self.url}/{name}"):
+            self._fs.rm_file(f"{self._root}/{name}")
+
+    def lock(self) -> None:
+        with _explained(f"locking {self.url}"):
+            try:
+                self._fs.pipe_file(f"{self._root}/LOCK", self._claim(), mode="create")
+            except FileExistsError:
+                owner = json.loads(self._fs.cat_file(f"{self._root}/LOCK"))
+                age = time.time() - self._fs.info(f"{self._root}/LOCK", refresh=True)["LastModified"].timestamp()
+                if age < self.LOCK_S and not _gone(owner):
+                    raise _taken(self.url, f"{owner['name']} (renewed {age:.0f} s ago)") from None
+                self._fs.pipe_file(f"{self._root}/LOCK", self._claim())
+        self._held, self._renewed = True, time.monotonic()
+
+    def unlock(self) -> None:
+        if self._held:
+            self._held = False
+            self.delete("LOCK")
+
+    def _claim(self) -> bytes:
+        return json.dumps({"name": me(), "host": socket.gethostname(), "pid": os.getpid()}).encode()
+
+    def _renew(self) -> None:
+        if self._held and time.monotonic() - self._renewed > self.LOCK_S / 4:
+            self._renewed = time.monotonic()
+            with _explained(f"locking {self.url}"):
+                owner = json.loads(self._fs.cat_file(f"{self._root}/LOCK"))
+                if owner["name"] != me():
+                    raise _taken(self.url, owner["name"])
+                self._fs.pipe_file(f"{self._root}/LOCK", self._claim())
+
+    def _make_room(self, size: int) -> None:
+        """Drop what was used longest ago; what a reader has mapped stays readable for it."""
+        files = sorted((p.stat().st_atime, p.stat().st_size, p) for p in self._cache.iterdir() if p.suffix != ".tmp")
+        spare = self.CACHE_BYTES - size - sum(s for _, s, _ in files)
+        for _, freed, path in files:
+            if spare >= 0:
+                return
+            path.unlink(missing_ok=True)
+            spare += freed
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def free_bytes(path: Path) -> int:
+    return shutil.disk_usage(path).free
+
+
+def _mapped(path: Path) -> pa.Buffer:
+    try:
+        if path.stat().st_size == 0:
+            return pa.py_buffer(b"")
+        return pa.memory_map(str(path)).read_buffer()
+    except OSError as error:
+        raise StoreError(f"reading {path} failed: {error}") from error
+
+
+def _taken(url: str, owner: str) -> StoreError:
+    return StoreError(f"the store {url} is open in {owner}; stop it first, or use another folder")
+
+
+def _gone(owner: dict[str, Any]) -> bool:
+    if owner["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Any:
+    """Turns what a disk or a service says into one sentence; FileExistsError and FileNotFoundError pass."""
+    try:
+        yield
+    except (FileExistsError, FileNotFoundError, StoreError):
+        raise
+    except Exception as error:
+        hint = "; free some space, then resume" if getattr(error, "errno", None) == 28 else ""
+        raise StoreError(f"{what} failed: {type(error).__name__}: {error}{hint}") from error
