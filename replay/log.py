@@ -16,6 +16,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,18 @@ class Log:
     def compress(self, segment: Segment) -> None:
         """Replace a segment by a compressed one, batch for batch; the old file is left for `sweep`."""
         ids = self._of[segment.file]
-        data = _encoded(self.schema, [self[i] for i in ids], _ZSTD)
-        file = f"z-{segment.file}"
-        self._replace([segment], file, data, ids)
+        self._replace([segment], f"z-{segment.file}", [self[i] for i in ids], ids, _ZSTD)
+
+    def replace(self, segment: Segment, batches: Sequence[pa.RecordBatch]) -> None:
+        """Put other batches in a segment's place, or none; their ids are new. The old file is left for `sweep`."""
+        if not batches:
+            self.drop(segment)
+            return
+        generation = 1 + int(segment.file[1:].partition("-")[0]) if segment.file[0] == "c" else 0
+        file = f"c{generation}-{segment.file.rpartition('-')[2]}"
+        for i in self._of[segment.file]:
+            del self._batches[i]
+        self._replace([segment], file, batches, ())
 
     def drop(self, segment: Segment) -> None:
         """Take a segment out of the log; the file is left for `sweep`."""
@@ -167,6 +177,21 @@ class Log:
         """Rows ever appended."""
         return self.state.rows + (self._open.rows if self._open else 0)
 
+    @property
+    def settled(self) -> bool:
+        """Whether all rows lie in segments that the manifest names."""
+        return len(self._of) == len(self.state.segments)
+
+    def spans(self) -> Iterator[tuple[int, int, list[int]]]:
+        """(first row, row after the last, batches) of each segment; fewer rows are left where some were collected."""
+        segments = self.state.segments
+        ends = [s.first for s in segments[1:]] + [self.state.rows]
+        for segment, end in zip(segments, ends, strict=False):
+            yield segment.first, end, self._of[segment.file]
+        for file, ids in self._of.items():
+            if file.endswith("s"):
+                yield self.state.rows, self.state.rows + sum(self[i].num_rows for i in ids), ids
+
     # ---- segments ----------------------------------------------------------------------------------------------
 
     def _grow(self, folder: Path, batch: pa.RecordBatch) -> None:
@@ -189,7 +214,7 @@ class Log:
         data = _encoded(self.schema, batches)
         self._storage.create(f"{self.name}/{file}", data)
         self.state.next += 1
-        self._adopt(Segment(file, sum(b.num_rows for b in batches), len(data), zlib.crc32(data), self.state.rows), ids)
+        self._adopt(Segment(file, sum(b.num_rows for b in batches), len(data), zlib.crc32(data), 0), ids)
 
     def _small(self) -> list[Segment]:
         """The newest segments of a bucket, which were not merged yet."""
@@ -198,13 +223,21 @@ class Log:
 
     def _merge(self, small: list[Segment]) -> None:
         ids = [i for s in small for i in self._of[s.file]]
-        self._replace(small, f"m-{small[0].file}", _encoded(self.schema, [self[i] for i in ids]), ids)
+        self._replace(small, f"m-{small[0].file}", [self[i] for i in ids], ids)
 
-    def _replace(self, old: list[Segment], file: str, data: pa.Buffer, ids: Sequence[int]) -> None:
-        with contextlib.suppress(FileExistsError):  # made by a life that died before its commit: the same rows
-            self._storage.create(f"{self.name}/{file}", data)
-        size = self._storage.map(f"{self.name}/{file}")
-        new = Segment(file, sum(s.rows for s in old), len(size), zlib.crc32(size), old[0].first)
+    def _replace(
+        self,
+        old: list[Segment],
+        file: str,
+        batches: Sequence[pa.RecordBatch],
+        ids: Sequence[int],
+        options: pa.ipc.IpcWriteOptions | None = None,
+    ) -> None:
+        data = _encoded(self.schema, batches, options)
+        self._storage.delete(f"{self.name}/{file}")  # of a life that died before its commit
+        self._storage.create(f"{self.name}/{file}", data)
+        rows = sum(b.num_rows for b in batches)
+        new = Segment(file, rows, len(data), zlib.crc32(data), old[0].first)
         at = self.state.segments.index(old[0])
         self.state.segments[at : at + len(old)] = [new]
         for s in old:
@@ -212,7 +245,8 @@ class Log:
         self._map(new, ids)
 
     def _adopt(self, segment: Segment, ids: Sequence[int] = ()) -> None:
-        segment = Segment(segment.file, segment.rows, segment.bytes, segment.crc32, self.state.rows)
+        segment = replace(segment, first=self.state.rows)
+        self.state.rows += segment.rows
         self.state.segments.append(segment)
         self._map(segment, ids)
 

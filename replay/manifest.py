@@ -41,15 +41,17 @@ class Segment:
 
 @dataclass
 class LogState:
-    """What the manifest knows of a log: its segments in order, and the number that the next one gets."""
+    """What the manifest knows of a log.
+
+    Attributes:
+        next: number that the next segment gets.
+        rows: number that the next row gets, that is, rows ever sealed.
+        segments: in order.
+    """
 
     next: int = 0
+    rows: int = 0
     segments: list[Segment] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        """Number that the next row gets."""
-        return self.segments[-1].first + self.segments[-1].rows if self.segments else 0
 
 
 @dataclass
@@ -119,7 +121,7 @@ def _decode(data: bytes, name: str) -> Manifest:
     if zlib.crc32(json.dumps(body, sort_keys=True).encode()) != whole["crc32"]:
         raise StoreError(f"the manifest {name} is damaged (its checksum is wrong); restore the store from a copy")
     logs = {
-        name: LogState(log["next"], [Segment(**segment) for segment in log["segments"]])
+        name: LogState(log["next"], log["rows"], [Segment(**segment) for segment in log["segments"]])
         for name, log in body["logs"].items()
     }
     return Manifest(body["version"], logs, body["collected"])

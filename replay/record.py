@@ -134,7 +134,14 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
     "ended": pa.schema(
-        _KEY + [("status", pa.string()), ("reason", pa.string()), ("step", pa.int64()), ("advantage", pa.float64())]
+        _KEY
+        + [
+            ("status", pa.string()),
+            ("reason", pa.string()),
+            ("step", pa.int64()),  # optimiser step that trained it, -1 otherwise
+            ("advantage", pa.float64()),
+            ("time", pa.float64()),  # unix seconds
+        ]
     ),
     "cursors": pa.schema([("consumer", pa.string()), ("stage", pa.string()), ("row", pa.int64())]),
     "blobs": pa.schema([("sha256", pa.string()), ("mime", pa.string()), ("data", pa.large_binary())]),

@@ -26,9 +26,10 @@ from replay.index import Index
 from replay.log import Log
 from replay.manifest import LogState, Manifest
 from replay.record import ENDS, MOVES, SCHEMAS, STAGES, TERMINAL, Blob, Status, staleness
+from replay.retention import Retention, chosen, compress_cold, finished, remove
 from replay.storage import StoreError, storage
 
-__all__ = ["MAX_CLAIMS", "Claim", "Store", "StoreError"]
+__all__ = ["MAX_CLAIMS", "Claim", "Retention", "Store", "StoreError"]
 
 MAX_CLAIMS = 5  # a row that was claimed so often without a result takes its workers down: it is dropped
 _KEYS = ("trajectory", "group", "attempt")
@@ -81,7 +82,7 @@ class Store:
             found is None or before != {name: (s.next, len(s.segments)) for name, s in states.items()}
         ):
             self._commit()
-        self._tokens = itertools.count(1)
+        self._tokens = itertools.count(time.time_ns())  # never one of an earlier life's
         self._leases: dict[int, list[int]] = {}  # token -> numbers of what it still holds
         self._index = Index()
         self._blobs: dict[str, int] = {}  # SHA-256 -> batch << 32 | row
@@ -189,7 +190,7 @@ class Store:
         """End (or requeue) leased trajectories.
 
         Args:
-            token: of the claim; rows that it no longer holds are left alone.
+            token: of the claim; rows that another claim holds by now are left alone.
             ends: trajectory -> (status, reason).
             step: optimiser step, for `trained`.
             advantages: kept with the row, for reports.
@@ -197,9 +198,12 @@ class Store:
         Returns:
             `ok` or `stale`, one an entry of `ends`, in its order.
         """
-        held = {self._index.names[i]: i for i in self._held(token)}
-        fresh = {t: Status(s) for t, (s, _) in ends.items() if t in held and Status(s) in self._moves(held[t])}
-        self._append_ends([(held[t], s, ends[t][1], step, advantages.get(t, 0.0)) for t, s in fresh.items()])
+        self._expire()
+        index = self._index
+        # a lease that ran out, or died with an earlier life of the store, still counts if nobody else has the row
+        mine = {t: i for t in ends if (i := index.ids.get(t)) is not None and index["token"][i] in (token, 0)}
+        fresh = {t: Status(s) for t, (s, _) in ends.items() if t in mine and Status(s) in self._moves(mine[t])}
+        self._append_ends([(mine[t], s, ends[t][1], step, advantages.get(t, 0.0)) for t, s in fresh.items()])
         return ["ok" if t in fresh else "stale" for t in ends]
 
     def release(self, token: int, trajectories: Sequence[str] | None = None) -> None:
@@ -232,41 +236,44 @@ class Store:
 
     def clear(self) -> None:
         """Forget everything, on disk too."""
-        for name, log in self._logs.items():
+        for log in self._logs.values():
             log.seal()
             for segment in list(log.state.segments):
                 log.drop(segment)
-            self._logs[name] = log
-        self._manifest.collected = {}
+        self._manifest.collected, self._leases = {}, {}
         self._commit()
         for log in self._logs.values():
             log.sweep()
-        self._open_again()
+        self._reopen()
 
     # ---- readers that do not claim -----------------------------------------------------------------------------
 
-    def follow(self, consumer: str, stage: str, limit: int) -> list[str]:
+    def follow(self, consumer: str, stage: str, limit: int) -> tuple[list[str], int]:
         """The next trajectories that reached a stage, in the order in which they did, after the consumer's cursor.
 
-        The cursor moves with `advance` only: whoever dies before it reads the same rows again.
+        Returns:
+            the trajectories, and the position behind them, for `advance`. The cursor does not move by itself:
+            whoever dies before `advance` reads the same rows again.
         """
-        log, start = self._logs[stage], self._cursors.get((consumer, stage), 0)
-        row, out = self._first_row(log), []
-        for _, batch in log:
-            if row + batch.num_rows > start and len(out) < limit:
-                out += batch.column("trajectory").slice(max(0, start - row), limit - len(out)).to_pylist()
-            row += batch.num_rows
-        return out
+        log, at = self._logs[stage], self._cursors.get((consumer, stage), 0)
+        out: list[str] = []
+        for first, end, batches in log.spans():
+            if end <= at or len(out) >= limit:
+                continue
+            names = [name for i in batches for name in log[i].column("trajectory").to_pylist()]
+            # after a collection a cursor may stand between rows that are gone: what is left is read again
+            names = names[at - first :] if at > first and len(names) == end - first else names
+            taken = names[: limit - len(out)]
+            at = end if len(taken) == len(names) else end - len(names) + len(taken)
+            out += taken
+        return out, at
 
-    def advance(self, consumer: str, stage: str, rows: int) -> None:
-        """Move a consumer's cursor on by so many rows, durably."""
-        at = max(self._cursors.get((consumer, stage), 0), self._first_row(self._logs[stage])) + rows
-        if rows < 0 or at > self._logs[stage].rows:
-            raise StoreError(
-                f"consumer {consumer!r} cannot move to row {at} of {stage}: it has {self._logs[stage].rows}"
-            )
-        table = pa.Table.from_pylist([{"consumer": consumer, "stage": stage, "row": at}], SCHEMAS["cursors"])
-        self._append("cursors", table)
+    def advance(self, consumer: str, stage: str, position: int) -> None:
+        """Move a consumer's cursor to a position that `follow` gave, durably."""
+        if not 0 <= position <= (end := self._logs[stage].rows):
+            raise StoreError(f"consumer {consumer!r} cannot move to row {position} of {stage}, which has {end}")
+        row = {"consumer": consumer, "stage": stage, "row": position}
+        self._append("cursors", pa.Table.from_pylist([row], SCHEMAS["cursors"]))
 
     # ---- for those who watch -----------------------------------------------------------------------------------
 
@@ -333,6 +340,33 @@ class Store:
         """Rows ever appended to each log: names a state of the store."""
         return {name: log.rows for name, log in self._logs.items()}
 
+    def bytes(self) -> int:
+        """Size of all sealed segments."""
+        return sum(s.bytes for log in self._logs.values() for s in log.state.segments)
+
+    def collect(self, retention: Retention, committed_step: int) -> int:
+        """Remove finished groups beyond what `retention` allows, and compress what is cold; returns how many went.
+
+        Args:
+            committed_step: what was trained after it may come back, and is not touched.
+        """
+        for log in self._logs.values():
+            log.sweep()  # what the last collection replaced
+            log.seal()
+        if not all(log.settled for log in self._logs.values()):
+            return 0
+        groups = finished(self._index, self._logs["ended"], committed_step)
+        accepted = self._index.group_counts("train")["accepted"]
+        gone = chosen(groups, accepted, self.bytes(), retention, time.time())
+        ids = [i for members in gone for i in members]
+        self._note_collected(gone)
+        if ids:
+            remove(self._logs, {self._index.names[i] for i in ids})
+        compress_cold(self._logs, self._index)
+        self._commit()
+        self._reopen()
+        return len(gone)
+
     def close(self) -> None:
         if not self._read_only:
             for log in self._logs.values():
@@ -355,9 +389,29 @@ class Store:
         for log in self._logs.values():
             log.forget_sidecars()
 
-    def _open_again(self) -> None:
-        self._logs = {}
+    def _reopen(self) -> None:
+        """Read everything anew; leases and their tokens live on."""
+        held = {t: [self._index.names[i] for i in self._held(t)] for t in list(self._leases)}
+        until = {t: float(self._index["until"][ids[0]]) for t, ids in self._leases.items()}
+        claims = {n: int(self._index["claims"][i]) for n, i in self._index.ids.items() if self._index["claims"][i]}
+        tokens = self._tokens
         self._open()
+        self._tokens = tokens
+        for name, n in claims.items():
+            if name in self._index.ids:
+                self._index["claims"][self._index.ids[name]] = n
+        for token, names in held.items():
+            self._leases[token] = ids = [self._index.ids[n] for n in names]
+            self._index.lease(ids, token, until[token])
+
+    def _note_collected(self, gone: Sequence[Sequence[int]]) -> None:
+        noted = Counter(self._manifest.collected.get("train", {}))
+        for members in gone:
+            statuses = [self._index.status(i) for i in members]
+            noted.update(s.value for s in statuses)
+            noted.update(groups_accepted=1, groups_ended=1, groups_trained=Status.TRAINED in statuses)
+        if noted:
+            self._manifest.collected["train"] = dict(noted)
 
     def _replay(self) -> None:
         """Build the index from the logs. First the requeues: they tell which attempt of a trajectory counts."""
@@ -402,6 +456,7 @@ class Store:
                 "reason": reason,
                 "step": step,
                 "advantage": advantage,
+                "time": time.time(),
             }
             for i, status, reason, step, advantage in ends
         ]
@@ -418,9 +473,6 @@ class Store:
         new = [k for k, name in enumerate(names) if name not in self._blobs and first[name] == k]
         if new:
             self._append("blobs", blobs if len(new) == len(names) else blobs.take(pa.array(new)))
-
-    def _first_row(self, log: Log) -> int:
-        return log.state.segments[0].first if log.state.segments else 0
 
     # ---- leases and moves --------------------------------------------------------------------------------------
 
