@@ -59,14 +59,14 @@ class Feeder(StageWorker):
             version = newer[0] if newer else version
             if version is None:
                 continue
-            groups = (await self._store.state.remote("train"))["groups"]
+            groups = (await self._store.state("train"))["groups"]
             done = updates(version)
             allowed = min(self._staleness + done + 1, self._steps) * self._per_step
             unused = groups["ended"] - groups["trained"]  # dropped ones give their place back
             room = allowed + unused - groups["accepted"]
             for order in range(groups["accepted"], groups["accepted"] + max(0, room)):
                 rows, blobs = group_rows(self._pick(order), "train", order, self._samples, self._seed)
-                await self._store.put.remote("pending", rows, blobs)
+                await self._store.put("pending", rows, blobs)
                 self.begin(1)
                 self.end(1)
 
@@ -74,7 +74,7 @@ class Feeder(StageWorker):
         """Accept an evaluation's prompts, one sample each. Those that the store already has stay as they are."""
         for order, prompt in enumerate(accepted):
             rows, blobs = group_rows(prompt, purpose, order, 1, self._seed)
-            await self._store.put.remote("pending", rows, blobs)
+            await self._store.put("pending", rows, blobs)
 
     def _pick(self, order: int) -> Prompt:
         epoch, place = divmod(order, len(self._prompts))

@@ -30,6 +30,7 @@ from replay.store import Claim
 
 TOKEN_COLUMNS = ["prompt_ids", "token_ids", "logprobs", "mask"]
 LEASE_S = 1800.0
+COLLECT_S = 600.0  # a collection may write many segments anew
 
 
 @ray.remote
@@ -139,7 +140,7 @@ class LearnerRank:
         if self._rank == 0:
             ends = {name: ("trained", "") for name in plan["trained"]}
             for token in plan["tokens"]:
-                self._get(self._store.ack.remote(token, ends, step=self._step, advantages=plan["trained"]))
+                self._store.now(self._store.ack(token, ends, step=self._step, advantages=plan["trained"]))
         if self._step % self._recipe["checkpoint_every"] == 0 or self._step == self._recipe["steps"]:
             self._checkpoint()
         self._report(plan, steps, time.monotonic() - started, waited, publish_s)
@@ -150,8 +151,8 @@ class LearnerRank:
         claims: list[Claim] = []
         groups: dict[str, list[dict[str, Any]]] = {}
         while len(groups) < self._recipe["prompts_per_step"]:
-            claim = self._get(
-                self._store.claim.remote(
+            claim = self._store.now(
+                self._store.claim(
                     "scored",
                     limit=self._recipe["prompts_per_step"] - len(groups),
                     by_group=True,
@@ -165,7 +166,7 @@ class LearnerRank:
             )
             if claim is None:
                 for held in claims:
-                    self._get(self._store.extend.remote(held.token, LEASE_S))
+                    self._store.now(self._store.extend(held.token, LEASE_S))
                 continue
             claims.append(claim)
             groups |= self._valid(claim)
@@ -183,7 +184,7 @@ class LearnerRank:
             for r in rows
         }
         if lonely:
-            self._get(self._store.ack.remote(claim.token, lonely))
+            self._store.now(self._store.ack(claim.token, lonely))
         return {name: rows for name, rows in groups.items() if len(rows) > 1}
 
     def _deal(self, groups: Mapping[str, list[dict[str, Any]]], now: int) -> dict[str, Any]:
@@ -225,7 +226,7 @@ class LearnerRank:
         parts = []
         for part in plan["parts"]:
             mine = dict(part[self._rank :: self._ranks])
-            rows = self._get(self._store.get.remote(list(mine), TOKEN_COLUMNS)).to_pylist()
+            rows = self._store.now(self._store.get(list(mine), TOKEN_COLUMNS)).to_pylist()
             parts.append([Sample(advantage=mine[r["trajectory"]], **{c: r[c] for c in TOKEN_COLUMNS}) for r in rows])
         return parts
 
@@ -242,7 +243,13 @@ class LearnerRank:
         tag = f"step{self._step:06d}"
         self._learner.save(str(self._folder), tag, {"step": self._step})
         if self._rank == 0:
-            manifest = {"tag": tag, "step": self._step, "incarnation": self._incarnation}
+            manifest = {
+                "tag": tag,
+                "step": self._step,
+                "incarnation": self._incarnation,
+                "cursor": self._store.now(self._store.state("train"))["groups"]["accepted"],
+                "store": self._store.now(self._store.version()),
+            }
             tmp = self._folder / "manifest.tmp"
             tmp.write_text(json.dumps(manifest))
             with open(tmp) as f:
@@ -250,6 +257,7 @@ class LearnerRank:
             tmp.rename(self._folder / "manifest.json")
             for old in sorted(self._folder.glob("step*"))[: -self._recipe["keep"]]:
                 shutil.rmtree(old)
+            self._store.now(self._store.collect(self._recipe["retention"], self._step), COLLECT_S)
 
     def _report(
         self, plan: Mapping[str, Any], steps: list[dict[str, float]], step_s: float, wait_s: float, publish_s: float
@@ -288,6 +296,3 @@ class LearnerRank:
         dist.broadcast_object_list(box, src=0)
         assert box[0] is not None
         return box[0]
-
-    def _get(self, ref: Any) -> Any:
-        return ray.get(ref, timeout=120)

@@ -51,7 +51,7 @@ class Renderer(StageWorker):
             while True:
                 await self._slots.acquire()
                 self._slots.release()
-                claim = await self._store.claim.remote(
+                claim = await self._store.claim(
                     "generated", limit=self._batch, lease_s=self._lease_s, columns=COLUMNS, wait_s=5.0
                 )
                 if claim is None:
@@ -65,7 +65,7 @@ class Renderer(StageWorker):
     async def _render(self, token: int, row: dict[str, Any]) -> None:
         started, name = time.monotonic(), row["trajectory"]
         try:
-            given = await self._store.blobs.remote(row["given"]) if row["given"] else {}
+            given = await self._store.blobs(row["given"]) if row["given"] else {}
             calls, made = await render(row["text"], [given[s] for s in row["given"]], self._run, self._specs)
         except Outage as outage:
             await self._outage(token, name, str(outage))
@@ -79,7 +79,7 @@ class Renderer(StageWorker):
                 [key | {"calls": [_call_row(c) for c in calls], "finished": True, "seconds": seconds}],
                 SCHEMAS["rendered"],
             )
-            await self._store.put.remote("rendered", table, made)
+            await self._store.put("rendered", table, made)
             self.end(1, seconds)
         finally:
             self._slots.release()
@@ -93,9 +93,9 @@ class Renderer(StageWorker):
         self._outages[name] = self._outages.get(name, 0) + 1
         if self._outages[name] < MAX_OUTAGES:
             await asyncio.sleep(OUTAGE_PAUSE_S * 2 ** self._outages[name])
-            await self._store.release.remote(token, [name])
+            await self._store.release(token, [name])
         else:
-            await self._store.ack.remote(token, {name: ("dropped_data", f"{outage} ({MAX_OUTAGES} times)")})
+            await self._store.ack(token, {name: ("dropped_data", f"{outage} ({MAX_OUTAGES} times)")})
             self.failed("data")
         self.end(1)
 

@@ -88,7 +88,7 @@ class RolloutWorker(StageWorker):
             if self._free <= 0:
                 await asyncio.sleep(0.02)
                 continue
-            claim = await self._store.claim.remote(
+            claim = await self._store.claim(
                 "pending",
                 limit=1,
                 by_group=True,
@@ -135,7 +135,7 @@ class RolloutWorker(StageWorker):
             with contextlib.suppress(asyncio.QueueEmpty):
                 while True:
                     rows.append(self._done.get_nowait())
-            await self._store.put.remote("generated", pa.Table.from_pylist(rows, SCHEMAS["generated"]))
+            await self._store.put("generated", pa.Table.from_pylist(rows, SCHEMAS["generated"]))
             self._free += len(rows)
             tokens = sum(len(r["token_ids"]) for r in rows)
             self.totals["tokens"] += tokens

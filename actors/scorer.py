@@ -46,7 +46,7 @@ class Scorer(StageWorker):
 
     async def loop(self) -> None:
         while True:
-            claim = await self._store.claim.remote(
+            claim = await self._store.claim(
                 "rendered", limit=self._batch, lease_s=self._lease_s, columns=COLUMNS, wait_s=5.0
             )
             if claim is not None:
@@ -79,10 +79,10 @@ class Scorer(StageWorker):
                 | {"components": list(result.components.items())}
             )
         if scored:
-            await self._store.put.remote("scored", pa.Table.from_pylist(scored, SCHEMAS["scored"]))
+            await self._store.put("scored", pa.Table.from_pylist(scored, SCHEMAS["scored"]))
         if aside:
             self.failed("judge", len(aside))
-            await self._store.ack.remote(token, aside)
+            await self._store.ack(token, aside)
         self.end(len(rows), seconds)
 
     async def _documents(self, rows: list[dict[str, Any]]) -> list[Rendered]:
@@ -90,7 +90,7 @@ class Scorer(StageWorker):
         names = {
             s for row, cs in zip(rows, calls, strict=True) for s in [*row["given"], *(i for c in cs for i in c.images)]
         }
-        blobs = await self._store.blobs.remote(sorted(names)) if names else {}
+        blobs = await self._store.blobs(sorted(names)) if names else {}
         return [
             Rendered(
                 row["question"],

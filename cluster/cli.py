@@ -11,8 +11,10 @@ from typing import Annotated
 import typer
 
 from cluster.config import Config, ConfigError, load
+from cluster.replay import replay_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(replay_app, name="replay")
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config, such as examples/tiny.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as learner.steps=10")]

@@ -112,6 +112,24 @@ class Reward(_Section):
     shuffled: bool = Field(False, description="control: rewards are dealt to other prompts' documents")
 
 
+class Train(_Section):
+    """Which part of the loop runs, for work on one part without the other."""
+
+    only: Literal["rollout", "learn"] | None = Field(
+        None, description="rollout: fill the store, for `learner.steps` steps; learn: train on `store`, without engines"
+    )
+    store: str | None = Field(None, description="a saved store to begin with; it is copied, and stays as it is")
+
+
+class ReplayStore(Resources):
+    """The replay store: actors of one shard each, and what is kept of groups that have ended."""
+
+    cpus: float = Field(0.01, ge=0)
+    shards: int = Field(1, gt=0)
+    max_bytes: int | None = Field(None, gt=0)
+    max_age_s: float | None = Field(None, gt=0)
+
+
 class Workers(Resources):
     """Renderers or scorers."""
 
@@ -156,6 +174,7 @@ class Config(_Section):
     pool: str | None = Field(None, description="attach to the running tool and judge servers of this name")
     seed: int = 0
     stall_s: float = Field(600.0, gt=0, description="seconds without an optimiser step after which a run gives up")
+    train: Train = Train()
     prompts: Prompts = Prompts()
     policy: Policy
     sft: Sft | None = None
@@ -163,6 +182,7 @@ class Config(_Section):
     tools: dict[str, ToolPool] = {n: ToolPool() for n in ("search", "diffusion", "code", "edit")}
     judges: Judges = Judges()
     reward: Reward = Reward()
+    store: ReplayStore = ReplayStore()
     render: Workers = Workers()
     score: Workers = Workers()
     learner: Learner
@@ -217,6 +237,8 @@ def _check(config: Config, path: str | Path) -> None:
     """What one field cannot see by itself."""
     if (config.policy.path is None) == (config.policy.tiny is None):
         raise ConfigError(f"{path}: policy needs one of `path` (a model) and `tiny` (one to build)")
+    if config.train.only == "learn" and config.train.store is None:
+        raise ConfigError(f"{path}: train.only=learn needs a saved store in train.store")
     if config.policy.tiny and config.sft is None:
         raise ConfigError(f"{path}: a tiny policy knows nothing yet: add an `sft` section")
     if config.learner.schedule != "constant" and config.learner.warmup_steps >= config.learner.steps:

@@ -26,14 +26,18 @@ class Progress:
         self._started = time.monotonic()
         self._first: int | None = None
         self._last = 0.0
+        self._ended = False
         self._moving = sys.stdout.isatty()
 
     def show(self, done: int, note: str = "") -> None:
-        """Show how far it is; finishes the line when all is done."""
+        """Show how far it is; finishes the line when all is done, and says nothing after that."""
         now = time.monotonic()
         if self._first is None:
             self._first = done
         end = done >= self._total
+        if self._ended:
+            return
+        self._ended = end
         if not end and now - self._last < (0.2 if self._moving else QUIET_S):
             return
         self._last = now

@@ -20,14 +20,16 @@ from actors.learner import LearnerRank
 from actors.renderer import Renderer
 from actors.rollout import RolloutWorker
 from actors.scorer import Scorer
-from actors.store import StoreActor
+from actors.store import StoreActor, StoreClient
 from actors.weights import WeightHub
 from agent.prompt import system_prompt
 from cluster.config import Config, Resources
 from cluster.servers import RunFailed, actor_options, deploy, judges, tool_specs
 from replay.record import Prompt, version
+from replay.store import Retention
+from replay.view import make_shards
 
-SERVICE = Resources(cpus=0.01, gpus=0)  # store, hub and feeder: one small process each
+SERVICE = Resources(cpus=0.01, gpus=0)  # hub and feeder: one small process each
 START_S = 300.0  # an actor or a Serve application must be up by then
 PING_S = 120.0
 
@@ -62,7 +64,11 @@ def init_ray() -> bool:
 
 def placement(config: Config) -> list[tuple[str, int, Resources]]:
     """(name, how many, what each asks for) of every actor and replica, in the order they start."""
-    rows: list[tuple[str, int, Resources]] = [("store", 1, SERVICE), ("hub", 1, SERVICE), ("feeder", 1, SERVICE)]
+    rows: list[tuple[str, int, Resources]] = [
+        ("store", config.store.shards, config.store),
+        ("hub", 1, SERVICE),
+        ("feeder", 1, SERVICE),
+    ]
     rows += [(f"tool {name}", pool.replicas, pool) for name, pool in config.tools.items()]
     rows += [(f"judge {name}", pool.replicas, pool) for name, pool in judges(config).items()]
     return rows + [
@@ -109,7 +115,7 @@ class Pools:
         self._stages = {name: makers[name]() for name in STAGES if name in stages}
         actors = [(name, actor) for name, group in self._stages.items() for actor in group]
         self._all += [actor for _, actor in actors]
-        if self.config.pool is None:
+        if self.config.pool is None and {"render", "score"} & set(stages):
             self._owned = deploy(self.config, self.pool)
         self._get(self._first_version(), "learner ranks")
         workers = [actor for name, actor in actors if name != "learn"]
@@ -140,12 +146,18 @@ class Pools:
     def evaluate(self, purpose: str, prompts: Sequence[Prompt], on_progress: Any = None) -> None:
         """Run a prompt set through rollout, tools and judges; returns when every document has come to an end."""
         ray.get(self.feeder.accept.remote(purpose, list(prompts)), timeout=PING_S)
+        self.wait_for(purpose, len(prompts), on_progress)
+
+    def wait_for(self, purpose: str, documents: int, on_progress: Any = None) -> None:
+        """Return when so many documents of a purpose have come to an end; RunFailed when none moves any more."""
         deadline, last = time.monotonic() + self.config.stall_s, -1
         while True:
-            counts = ray.get(self.store.state.remote(purpose), timeout=PING_S)["counts"]
-            open_ = sum(counts.get(s, 0) for s in ("pending", "generated", "rendered"))
+            counts = self.store.now(self.store.state(purpose))["counts"]
+            open_ = (
+                documents - sum(counts.values()) + sum(counts.get(s, 0) for s in ("pending", "generated", "rendered"))
+            )
             if on_progress:
-                on_progress(len(prompts) - open_, len(prompts))
+                on_progress(documents - open_, documents)
             if not open_:
                 return
             if open_ != last:
@@ -171,8 +183,8 @@ class Pools:
         """Close the store, end all actors, delete the servers this run owns; a second call does nothing."""
         actors, self._all = self._all, []
         if actors:
-            with contextlib.suppress(ray.exceptions.RayError):  # it may be what broke
-                ray.get(self.store.close.remote(), timeout=PING_S)
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # it may be what broke
+                self.store.now(self.store.close())
         for actor in actors:
             ray.kill(actor)
         owned, self._owned = self._owned, []
@@ -185,7 +197,12 @@ class Pools:
         c = self.config
         service = actor_options(SERVICE)
         step = self._checkpoint["step"] if self._checkpoint else 0
-        self.store = _actor(StoreActor, **service).remote(str(c.folder / "replay"), step)
+        shards = [
+            _actor(StoreActor, **actor_options(c.store)).remote(url)
+            for url in make_shards(str(c.folder / "replay"), c.store.shards)
+        ]
+        self.store = StoreClient(shards)
+        self.store.now(self.store.rewind(step), START_S)
         self.hub = _actor(WeightHub, **service).remote()
         self.feeder = _actor(Feeder, **service, max_restarts=-1).remote(
             self.store,
@@ -194,11 +211,11 @@ class Pools:
             count=c.prompts.count,
             samples=c.learner.samples_per_prompt,
             prompts_per_step=c.learner.prompts_per_step,
-            max_staleness=c.learner.max_staleness,
-            steps=c.learner.steps,
+            max_staleness=c.learner.steps if c.train.only else c.learner.max_staleness,
+            steps=0 if c.train.only == "learn" else c.learner.steps,
             seed=c.seed,
         )
-        self._all = [self.store, self.hub, self.feeder]
+        self._all = [*shards, self.hub, self.feeder]
 
     def _first_version(self) -> list[Any]:
         """Load the learner ranks; the hub then has the version to start from."""
@@ -261,11 +278,14 @@ class Pools:
         run = {
             "shuffled": self.config.reward.shuffled,
             "seed": self.config.seed,
+            "retention": Retention(self.config.store.max_bytes, self.config.store.max_age_s),
         }
         options = {k: getattr(c, k) for k in _OPTIONS} | {
             "warmup_steps": c.warmup_steps * c.updates_per_step * c.passes,
             "total_steps": c.steps * c.updates_per_step * c.passes,
         }
+        # Without engines nothing can be written anew, so no group is too old.
+        alone = {"max_staleness": c.steps + (1 << 20)} if self.config.train.only == "learn" else {}
         return [
             _actor(LearnerRank, **actor_options(c, c.threads), max_concurrency=8).remote(
                 rank,
@@ -274,7 +294,7 @@ class Pools:
                 self.hub,
                 model=self._model,
                 options=options,
-                recipe={k: getattr(c, k) for k in _RECIPE} | run,
+                recipe={k: getattr(c, k) for k in _RECIPE} | run | alone,
                 folder=str(self.config.folder / "checkpoints"),
                 incarnation=self._incarnation,
             )

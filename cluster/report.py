@@ -20,7 +20,7 @@ from agent.document import render_html
 from cluster.run_folder import RunFolder
 from cluster.run_folder import write as write_file
 from evals.heldout import COLUMNS, class_of
-from replay.store import Store
+from replay.view import View
 
 PAIRS_PER_CLASS = 2
 _CLASSES = {
@@ -45,7 +45,7 @@ _CURVES = [
 def write(folder: RunFolder) -> None:
     """Write the report of a finished run."""
     summary, steps = json.loads(folder.summary.read_text()), folder.steps()
-    store = Store(folder.replay)
+    store = View(folder.replay)
     try:
         pairs = _pairs(store)
     finally:
@@ -59,7 +59,7 @@ def write(folder: RunFolder) -> None:
     write_file(folder.report, page)
 
 
-def _pairs(store: Store) -> list[dict[str, Any]]:
+def _pairs(store: View) -> list[dict[str, Any]]:
     """Some held-out prompts of each kind, with the documents written before and after."""
     before, after = (
         {r["trajectory"].split("-", 1)[1]: r for r in _rows(store, f"{when}-heldout")} for when in ("before", "after")
@@ -81,12 +81,12 @@ def _pairs(store: Store) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(store: Store, purpose: str) -> list[dict[str, Any]]:
+def _rows(store: View, purpose: str) -> list[dict[str, Any]]:
     rows = store.get(store.find(purpose, ["scored"]), COLUMNS).to_pylist()
     return [r for r in rows if r["text"] is not None]
 
 
-def _document(store: Store, row: dict[str, Any]) -> dict[str, Any]:
+def _document(store: View, row: dict[str, Any]) -> dict[str, Any]:
     calls = [call_from_row(c) for c in row["calls"]]
     blobs = store.blobs({*row["given"], *(i for c in calls for i in c.images)})
     html = render_html(row["text"], calls, blobs, [blobs[s] for s in row["given"]])

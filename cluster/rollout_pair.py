@@ -13,7 +13,7 @@ import ray
 from actors.engine import Engine
 from actors.feeder import group_rows
 from actors.rollout import RolloutWorker
-from actors.store import StoreActor
+from actors.store import StoreActor, StoreClient
 from actors.weights import WeightHub
 from cluster.config import Config, ConfigError
 from cluster.console import say
@@ -73,7 +73,8 @@ class RolloutPair:
             "top_p": c.rollout.top_p,
         }
         service, options = actor_options(SERVICE), actor_options(c.rollout, c.rollout.threads)
-        self._store = _made(StoreActor, service, str(c.folder / "replay"))
+        shard = _made(StoreActor, service, str(c.folder / "replay"))
+        self._store = StoreClient([shard])
         hub = _made(WeightHub, service)
         ray.get(hub.publish.remote(0, None), timeout=PING_S)
         self._worker = _made(
@@ -90,7 +91,7 @@ class RolloutPair:
             name="rollout-0",
         )
         self._engine = _made(BareEngine, options, model, c.rollout.engine, sampling)
-        self._actors = [self._worker, self._engine, hub, self._store]
+        self._actors = [self._worker, self._engine, hub, shard]
         ray.get([self._worker.ping.remote(), self._engine.start.remote()], timeout=START_S)
         return self
 
@@ -102,13 +103,12 @@ class RolloutPair:
         """Tokens a second from the moment the prompts are in the store until all answers are."""
         purpose, rows = f"turn-{turn}", self._rows(turn)
         started, open_, tokens = time.monotonic(), rows.num_rows, 0
-        ray.get(self._store.put.remote("pending", rows), timeout=PING_S)
+        self._store.now(self._store.put("pending", rows))
         while open_:
-            claim = ray.get(
-                self._store.claim.remote(
+            claim = self._store.now(
+                self._store.claim(
                     "generated", limit=open_, lease_s=START_S, columns=["token_ids"], purpose=purpose, wait_s=5.0
-                ),
-                timeout=PING_S,
+                )
             )
             if claim is not None:
                 open_ -= claim.rows.num_rows

@@ -18,13 +18,13 @@ from cluster.cold_start import starting_policy
 from cluster.config import Config
 from cluster.console import Progress, say
 from cluster.memory import PeakMemory
-from cluster.pools import PING_S, Pools, init_ray
+from cluster.pools import PING_S, STAGES, Pools, init_ray
 from cluster.run_folder import RunFolder
 from cluster.servers import RunFailed
 from corpus import keywords, prompts
 from evals.heldout import COLUMNS, summarise
 from replay.record import version
-from replay.store import Store
+from replay.view import View, copy
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -35,8 +35,11 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     with PeakMemory(session) as memory:
         trainer = Trainer({"config": config.model_dump(), "resume": resume})
         try:
-            while not trainer.train()["done"]:
-                pass
+            if config.train.only == "rollout":
+                trainer.fill()
+            else:
+                while not trainer.train()["done"]:
+                    pass
             summary = trainer.finish()
         finally:
             trainer.stop()
@@ -44,6 +47,10 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     trainer.folder.summarise(summary)
     report.write(trainer.folder)
     return summary
+
+
+#: What runs, by `train.only`.
+_STAGES = {None: STAGES, "rollout": ("rollout", "render", "score"), "learn": ("learn",)}
 
 
 class Trainer(tune.Trainable):
@@ -57,22 +64,33 @@ class Trainer(tune.Trainable):
         checkpoint = self.folder.checkpoint()
         self._done = checkpoint["step"] if checkpoint else 0
         self.folder.rewind(self._done)
+        if self.run.train.store and not self.folder.replay.exists():
+            copy(self.run.train.store, str(self.folder.replay))
+        if self.run.train.only == "learn":
+            self._check_enough()
         model = starting_policy(self.run, self.folder.start)
         self._incarnation = self.folder.next_incarnation()
         say(f"starting tool servers, judges, rollout workers and learner of {self.run.name!r}")
         self._pools = Pools(self.run, model, self._incarnation, checkpoint)
         try:
-            self._pools.start()
+            self._pools.start(_STAGES[self.run.train.only])
         except BaseException:  # Tune does not clean up what failed to set up
             self._pools.stop()
             raise
         self._rows: list[dict[str, Any]] = []
         self._fetched = 0
-        if self._done == 0:
+        if self._done == 0 and self.run.train.only is None:
             self._measure("before")
         self._pools.begin()
         self._progress = Progress("optimiser step", self.run.learner.steps)
         self._moved = time.monotonic()
+
+    def fill(self) -> None:
+        """Without a learner: wait until the documents of all steps lie in the store."""
+        c = self.run.learner
+        documents = c.steps * c.prompts_per_step * c.samples_per_prompt
+        progress = Progress("documents", documents)
+        self._pools.wait_for("train", documents, progress.show_of)
 
     def step(self) -> dict[str, Any]:
         if self._done >= self.run.learner.steps:
@@ -87,9 +105,10 @@ class Trainer(tune.Trainable):
     def finish(self) -> dict[str, Any]:
         """Measure after, export the policy, check the store; returns the summary."""
         final = version(self._incarnation, self._done)
-        self._pools.wait_for_version(final)
-        self._pools.focus("after-heldout")
-        self._measure("after")
+        if self.run.train.only is None:
+            self._pools.wait_for_version(final)
+            self._pools.focus("after-heldout")
+            self._measure("after")
         ray.get([rank.export.remote(str(self.folder.policy)) for rank in self._pools.learners], timeout=600)
         watched = self._pools.watch()
         self._pools.stop()
@@ -119,8 +138,17 @@ class Trainer(tune.Trainable):
             time.sleep(0.5)
         return self._rows.pop(0)
 
+    def _check_enough(self) -> None:
+        groups = View(self.folder.replay).groups("train")["accepted"]
+        c = self.run.learner
+        if groups < c.steps * c.prompts_per_step:
+            raise RunFailed(
+                f"the store {self.run.train.store} has {groups} groups for training; learner.steps x prompts_per_step "
+                f"asks for {c.steps * c.prompts_per_step}: lower one of them"
+            )
+
     def _stalled(self, stages: dict[str, Any]) -> str:
-        state = ray.get(self._pools.store.state.remote("train"), timeout=PING_S)
+        state = self._pools.store.now(self._pools.store.state("train"))
         kinds = ("infrastructure", "judge", "data")
         failures = {s: {k: int(w[k]) for w in ws for k in kinds if w.get(k)} for s, ws in stages.items()}
         return (
@@ -149,7 +177,7 @@ class Trainer(tune.Trainable):
                 self._pools.evaluate(purpose, self._sets[name], progress.show_of)
 
     def _summary(self, stages: dict[str, Any], final: int) -> dict[str, Any]:
-        store = Store(self.folder.replay)
+        store = View(self.folder.replay)
         try:
             found = {
                 p: summarise(store.get(store.find(p), COLUMNS).to_pylist())

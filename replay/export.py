@@ -59,7 +59,7 @@ def select(
     rows = view.get(list(known), ["order", "reward_strict"]).to_pylist()
     if min_reward is not None:
         rows = [r for r in rows if r["reward_strict"] is not None and r["reward_strict"] >= min_reward]
-    rows.sort(key=lambda r: (r["order"] or 0, r["trajectory"]))
+    rows.sort(key=lambda r: (r["order"] or 0, len(r["trajectory"]), r["trajectory"]))  # sample 10 after sample 9
     return {r["trajectory"]: known[r["trajectory"]] for r in (rows[-limit:] if limit else rows)}
 
 
@@ -128,27 +128,21 @@ def sft(view: View, out: Path, chosen: Chosen, tell: Callable[[int], None] = lam
         for rows in batches(view, list(chosen), ["question", "given", "text", "reward_strict"], tell):
             for row in rows.to_pylist():
                 if row["reward_strict"] is not None:
-                    images = _put_beside(folder, pictures(view, row["given"] or ()))
+                    images = _put_beside(folder, view, row["given"] or ())
                     file.write(json.dumps(_example(row, images), ensure_ascii=False) + "\n")
 
 
 def _example(row: Mapping[str, Any], images: list[str]) -> dict[str, Any]:
     messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["text"]}]
-    return {
-        "trajectory": row["trajectory"],
-        "messages": messages,
-        "reward": row["reward_strict"],
-        "images": images,
-    }
+    return {"trajectory": row["trajectory"], "messages": messages, "reward": row["reward_strict"], "images": images}
 
 
-def _put_beside(folder: Path, blobs: Mapping[str, Blob]) -> list[str]:
-    paths = [folder / _file(blob) for blob in blobs.values()]
-    for path, blob in zip(paths, blobs.values(), strict=True):
+def _put_beside(folder: Path, view: View, names: Sequence[str]) -> list[str]:
+    blobs = pictures(view, names)
+    for blob in blobs.values():
         folder.mkdir(exist_ok=True)
-        if not path.exists():
-            path.write_bytes(blob.data)
-    return [f"{folder.name}/{path.name}" for path in paths]
+        (folder / _file(blob)).write_bytes(blob.data)
+    return [f"{folder.name}/{_file(blobs[name])}" for name in names]
 
 
 @contextlib.contextmanager

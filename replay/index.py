@@ -21,7 +21,7 @@ _IS_END = np.array([s in ENDS for s in STATUSES])
 _IS_TERMINAL = np.array([s in TERMINAL for s in STATUSES])
 _TRAINED = _CODE[Status.TRAINED]
 
-_FIELDS = {
+_FIELDS: dict[str, type] = {
     "group": np.int32,
     "purpose": np.int16,
     "status": np.uint8,
@@ -41,7 +41,7 @@ class _Columns:
 
     def __init__(self, fields: dict[str, type], empty: dict[str, int]) -> None:
         self.length, self._empty = 0, empty
-        self.of = {name: np.empty(0, dtype) for name, dtype in fields.items()}
+        self.of: dict[str, np.ndarray] = {name: np.empty(0, dtype) for name, dtype in fields.items()}
 
     def grow(self, n: int) -> np.ndarray:
         """Append `n` empty entries; returns their numbers."""
@@ -127,7 +127,7 @@ class Index:
         missing = len(self.purposes) - len(self._counts)
         self._counts = np.pad(self._counts, ((0, missing), (0, 0)))
         if not self._bulk:
-            np.add.at(self._counts, (purpose, _CODE[Status.PENDING]), 1)
+            np.add.at(self._counts[:, _CODE[Status.PENDING]], purpose, 1)
             np.add.at(self._of_group["open"], group, 1)
             np.add.at(self._of_group["unfinished"], group, 1)
             self.queues[Status.PENDING].update(dict.fromkeys(ids.tolist()))
@@ -200,8 +200,9 @@ class Index:
 
     def counts(self, purpose: str | None) -> dict[str, int]:
         """Trajectories by status."""
-        rows = self._counts if purpose is None else self._counts[[self.purposes[purpose]]] if self._has(purpose) else []
-        totals = np.sum(rows, axis=0) if len(rows) else []
+        if purpose is not None and not self._has(purpose):
+            return {}
+        totals = self._counts.sum(axis=0) if purpose is None else self._counts[self.purposes[purpose]]
         return {STATUSES[code].value: int(n) for code, n in enumerate(totals) if n}
 
     def group_counts(self, purpose: str) -> Counter[str]:

@@ -12,6 +12,8 @@ anywhere else is an error that names the file.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import re
 import zlib
@@ -23,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 
 from replay.manifest import LogState, Segment
-from replay.storage import LocalStorage, Storage, StoreError, sync_folder
+from replay.storage import LocalStorage, Storage, StoreError, sync_folder, taken_over
 
 SEGMENT_BYTES = 64 << 20
 #: Sealed segments of a bucket's log that were not merged yet, at most.
@@ -44,7 +46,6 @@ class Log:
         schema: of every batch.
         state: what the manifest knows; brought up to date here, for the store to commit.
         read_only: leave everything as it lies.
-        segment_bytes: an open segment is `full` when it is larger.
 
     Raises:
         StoreError: a segment is missing, cut short or damaged.
@@ -57,10 +58,8 @@ class Log:
         schema: pa.Schema,
         state: LogState,
         read_only: bool = False,
-        segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
-        self.name, self.schema, self.state = name, schema, state
-        self._storage, self._segment_bytes = storage, segment_bytes
+        self.name, self.schema, self.state, self._storage = name, schema, state, storage
         self._batches: dict[int, Callable[[], pa.RecordBatch]] = {}
         self._of: dict[str, list[int]] = {}  # segment's file -> ids of its batches
         self._next_id = 0
@@ -87,8 +86,8 @@ class Log:
 
     # ---- writing -----------------------------------------------------------------------------------------------
 
-    def append(self, table: pa.Table) -> int:
-        """Make rows durable as one batch; returns its id. All of it is kept, or (after a crash) none of it.
+    def append(self, table: pa.Table) -> tuple[int, pa.RecordBatch]:
+        """Make rows durable as one batch; returns it and its id. All of it is kept, or (after a crash) none of it.
 
         Raises:
             StoreError: the disk or the service refused; nothing of it is kept.
@@ -98,30 +97,32 @@ class Log:
         [batch] = table.combine_chunks().to_batches()
         if isinstance(self._storage, LocalStorage):
             self._grow(self._storage.root / self.name, batch)
-            return self._add(lambda: batch)
+            return self._add(lambda: batch), batch
         self._create(f"{self.state.next:08d}.arrow", [batch])
         self.full = len(self._small()) >= SMALL_SEGMENTS
-        return self._next_id - 1
+        return self._next_id - 1, batch
 
     def seal(self) -> None:
         """Close the open segment, or merge small ones; the store then commits a manifest."""
         self.full = False
         if isinstance(self._storage, LocalStorage):
-            if self._open is not None:
-                closing, self._open = self._open, None
+            with contextlib.suppress(StoreError):  # a full disk: the rows are safe where they are
+                self._mend()
+            if self._open is not None and not self._open.torn:
                 try:
-                    sealed = closing.seal()
-                except (OSError, pa.ArrowException):  # a full disk: the rows are safe where they are
-                    closing.abandon()
-                    return
-                self._adopt(sealed, self._of.pop(closing.path.name))
+                    sealed = self._open.seal()
+                except (OSError, pa.ArrowException):
+                    self._open.tear()
+                else:
+                    self._adopt(sealed, self._of.pop(self._open.path.name))
+                    self._open = None
         elif len(small := self._small()) > 1:
             self._merge(small)
 
     def forget_sidecars(self) -> None:
         """Remove what only open segments need, once a manifest names their sealed form."""
         for file in self._storage.files(self.name):
-            if file.name.endswith(".crc") and f"{file.name[:-4]}.arrow" in self._of:
+            if file.name.endswith(".crc") and int(file.name[:8]) < self.state.next:
                 self._storage.delete(f"{self.name}/{file.name}")
 
     def compress(self, segment: Segment) -> None:
@@ -134,8 +135,8 @@ class Log:
         if not batches:
             self.drop(segment)
             return
-        generation = 1 + int(segment.file[1:].partition("-")[0]) if segment.file[0] == "c" else 0
-        file = f"c{generation}-{segment.file.rpartition('-')[2]}"
+        before = re.search(r"c(\d+)-", segment.file)
+        file = f"c{int(before[1]) + 1 if before else 0}-{segment.file.rpartition('-')[2]}"
         for i in self._of[segment.file]:
             del self._batches[i]
         self._replace([segment], file, batches, ())
@@ -195,31 +196,46 @@ class Log:
     # ---- segments ----------------------------------------------------------------------------------------------
 
     def _grow(self, folder: Path, batch: pa.RecordBatch) -> None:
-        if self._open is None:
-            self._open = _Open(folder / f"{self.state.next:08d}.arrows", self.schema)
-            self._of[self._open.path.name] = []
-            self.state.next += 1
+        self._mend()
         try:
+            if self._open is None:
+                self._open = _Open(folder / f"{self.state.next:08d}.arrows", self.schema)
+                self._of[self._open.path.name] = []
             self._open.append(batch)
         except (OSError, pa.ArrowException) as error:
-            # What was appended before stays an open segment, for the next opening to seal; a new one is begun.
-            self._open.abandon()
-            self._open = None
+            if self._open is not None:
+                self._open.tear()
             hint = "; free some space, then resume" if getattr(error, "errno", 0) == 28 else ""
             raise StoreError(f"appending to {folder} failed: {error}{hint}") from error
         self._of[self._open.path.name].append(self._next_id)
-        self.full = self._open.size >= self._segment_bytes
+        self.full = self._open.size >= SEGMENT_BYTES
+
+    def _mend(self) -> None:
+        """Seal a torn segment from memory. Nothing is appended before, so that numbers stay in the order of rows."""
+        if self._open is None or not self._open.torn:
+            return
+        file = self._open.path.name
+        if ids := self._of[file]:
+            self._create(file[:-1], [self[i] for i in ids], ids)
+        del self._of[file]
+        self._open = None
+        self._remove_open(file)
 
     def _create(self, file: str, batches: Sequence[pa.RecordBatch], ids: Sequence[int] = ()) -> None:
         data = _encoded(self.schema, batches)
-        self._storage.create(f"{self.name}/{file}", data)
-        self.state.next += 1
+        try:
+            self._storage.create(f"{self.name}/{file}", data)
+        except FileExistsError:
+            raise taken_over(self._storage.url) from None
+        ids = ids or range(self._next_id, self._next_id + len(batches))
         self._adopt(Segment(file, sum(b.num_rows for b in batches), len(data), zlib.crc32(data), 0), ids)
 
     def _small(self) -> list[Segment]:
-        """The newest segments of a bucket, which were not merged yet."""
-        small = [s for s in self.state.segments if _NUMBERED.fullmatch(s.file) and s.bytes < self._segment_bytes]
-        return small[: 4 * SMALL_SEGMENTS]
+        """The newest segments of a bucket, which were not merged yet; neighbours, because a merge keeps the order."""
+        newest = itertools.takewhile(
+            lambda s: _NUMBERED.fullmatch(s.file) and s.bytes < SEGMENT_BYTES, reversed(self.state.segments)
+        )
+        return list(newest)[::-1]
 
     def _merge(self, small: list[Segment]) -> None:
         ids = [i for s in small for i in self._of[s.file]]
@@ -247,21 +263,21 @@ class Log:
     def _adopt(self, segment: Segment, ids: Sequence[int] = ()) -> None:
         segment = replace(segment, first=self.state.rows)
         self.state.rows += segment.rows
+        self.state.next = int(segment.file[:8]) + 1
         self.state.segments.append(segment)
         self._map(segment, ids)
 
     def _map(self, segment: Segment, ids: Sequence[int] = ()) -> None:
-        """Read a segment's batches from the mapped file, under new ids or those that they had while it was open."""
+        """Read a segment's batches from the mapped file, under new ids or those that they are known by.
+
+        A file that was just written is mapped when it is first read: its rows are durable, and nothing may fail now.
+        """
         where = f"{self._storage.url}/{self.name}/{segment.file}"
-        try:
-            reader = pa.ipc.open_file(self._storage.map(f"{self.name}/{segment.file}"))
-            count = reader.num_record_batches
-        except pa.ArrowInvalid as error:
-            raise StoreError(f"segment {where} is damaged: {error}; restore it from a copy") from error
-        ids = ids or range(self._next_id, self._next_id + count)
-        self._next_id = max(self._next_id, *(i + 1 for i in ids), 0) if count else self._next_id
+        reader = functools.cache(functools.partial(_reader, self._storage, f"{self.name}/{segment.file}", where))
+        ids = ids or range(self._next_id, self._next_id + reader().num_record_batches)
+        self._next_id = max(self._next_id, *(i + 1 for i in ids)) if ids else self._next_id
         for place, i in enumerate(ids):
-            self._batches[i] = _reads(reader, place, where)
+            self._batches[i] = functools.partial(_read, reader, place, where)
         self._of[segment.file] = list(ids)
 
     def _add(self, batch: Callable[[], pa.RecordBatch]) -> int:
@@ -273,7 +289,6 @@ class Log:
 
     def _take_up(self, file: str) -> None:
         """Bring a segment that no manifest names into the log, sealed."""
-        number = int(file[:8])
         if file.endswith("s"):
             batches = list(self._whole(file))
             if batches:
@@ -281,17 +296,15 @@ class Log:
                 self._storage.create(f"{self.name}/{file[:-1]}", data)
             self._remove_open(file)
             if not batches:
-                self.state.next = number + 1
                 return
             file = file[:-1]
         data = self._storage.map(f"{self.name}/{file}")
-        self.state.next = number + 1
         self._adopt(Segment(file, self._count(data, file), len(data), zlib.crc32(data), 0))
 
     def _read_new(self, file: str) -> None:
         """Show a reader what the writer has appended since its last manifest."""
         if file.endswith("s"):
-            self._of[file] = [self._add(lambda b=b: b) for b in self._whole(file)]
+            self._of[file] = [self._add(functools.partial(_same, b)) for b in self._whole(file)]
             return
         data = self._storage.map(f"{self.name}/{file}")
         self._adopt(Segment(file, self._count(data, file), len(data), zlib.crc32(data), 0))
@@ -300,7 +313,7 @@ class Log:
         try:
             reader = pa.ipc.open_file(data)
             return sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
             where = f"{self._storage.url}/{self.name}/{file}"
             raise StoreError(f"segment {where} is damaged: {error}; restore it from a copy") from error
 
@@ -310,9 +323,10 @@ class Log:
 
     def _whole(self, file: str) -> Iterator[pa.RecordBatch]:
         """The batches of an open segment that were made durable."""
+        sums = self._sums(file)  # first: the writer may be appending, and writes a line after its batch
         data = self._storage.map(f"{self.name}/{file}")
-        good = checked_end(data, self._sums(file), f"{self._storage.url}/{self.name}/{file}")
-        yield from stream_batches(data.slice(0, good))
+        check_sums(data, sums, f"{self._storage.url}/{self.name}/{file}")
+        yield from stream_batches(data)
 
     def _sums(self, file: str) -> list[tuple[int, int]]:
         try:
@@ -323,13 +337,14 @@ class Log:
 
 
 def parse_sums(text: str) -> list[tuple[int, int]]:
-    """(end offset, CRC-32 of all bytes before it) for each whole line of a `.crc` file."""
-    found = re.findall(r"(\d+) (\d+)\n", text)
-    return [(int(end), int(crc)) for end, crc in found]
+    """(end offset, CRC-32 of all bytes before it) for each whole line that a `.crc` file begins with."""
+    found = re.match(r"(?:\d+ \d+\n)*", text)  # not synced, so a power loss may leave anything behind them
+    lines = found[0].splitlines() if found else []
+    return [(int(end), int(crc)) for end, crc in map(str.split, lines)]
 
 
-def checked_end(data: pa.Buffer, sums: Sequence[tuple[int, int]], where: str) -> int:
-    """Length of the sound part of an open segment. Only its last append may be torn.
+def check_sums(data: pa.Buffer, sums: Sequence[tuple[int, int]], where: str) -> None:
+    """Compare an open segment with its checksums. Its last append may be torn, or lack its line.
 
     Raises:
         StoreError: the bytes of an append are damaged, or more than the last one are missing.
@@ -339,12 +354,11 @@ def checked_end(data: pa.Buffer, sums: Sequence[tuple[int, int]], where: str) ->
         if end > len(data):
             if n < len(sums):
                 raise StoreError(f"segment {where} was cut short at byte {len(data)}; restore it from a copy")
-            return start
-        crc = zlib.crc32(data.slice(start, end - start), crc)
+            return
+        crc = zlib.crc32(data.slice(start, max(0, end - start)), crc)
         if crc != wanted:
             raise StoreError(f"segment {where} is damaged after byte {start}; restore it from a copy")
         start = end
-    return len(data)  # an append whose line is missing counts if its batch is whole
 
 
 def stream_batches(data: pa.Buffer) -> Iterator[pa.RecordBatch]:
@@ -363,12 +377,10 @@ class _Open:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path, self.size, self.rows, self._crc = path, 0, 0, 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "xb")  # noqa: SIM115
-            self._sums = open(path.with_suffix(".crc"), "w")  # noqa: SIM115
-        except OSError as error:
-            raise StoreError(f"appending to {path.parent} failed: {error}") from error
+        self.torn = False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "wb")  # noqa: SIM115  (nothing but a failed try can lie there)
+        self._sums = open(path.with_suffix(".crc"), "w")  # noqa: SIM115
         self._writer: Any = pa.ipc.new_file(pa.PythonFile(self, "w"), schema)
         self._good = 0
         sync_folder(path.parent)
@@ -392,8 +404,9 @@ class _Open:
         sync_folder(sealed.parent)
         return Segment(sealed.name, self.rows, self.size, self._crc, 0)
 
-    def abandon(self) -> None:
-        """Cut off what was not made durable, and leave the file as it is."""
+    def tear(self) -> None:
+        """A write failed: cut off what was not made durable, and write no more."""
+        self.torn = True
         with contextlib.suppress(OSError, ValueError):
             self._file.close()
         with contextlib.suppress(OSError):
@@ -431,11 +444,19 @@ def _encoded(
     return sink.getvalue()
 
 
-def _reads(reader: Any, place: int, where: str) -> Callable[[], pa.RecordBatch]:
-    def read() -> pa.RecordBatch:
-        try:
-            return reader.get_batch(place)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise StoreError(f"segment {where} is damaged in batch {place}: {error}; restore it from a copy") from error
+def _reader(storage: Storage, name: str, where: str) -> Any:
+    try:
+        return pa.ipc.open_file(storage.map(name))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StoreError(f"segment {where} is damaged: {error}; restore it from a copy") from error
 
-    return read
+
+def _read(reader: Callable[[], Any], place: int, where: str) -> pa.RecordBatch:
+    try:
+        return reader().get_batch(place)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StoreError(f"segment {where} is damaged in batch {place}: {error}; restore it from a copy") from error
+
+
+def _same(batch: pa.RecordBatch) -> pa.RecordBatch:
+    return batch

@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from replay.storage import Storage, StoreError
+from replay.storage import Storage, StoreError, taken_over
 
 FORMAT = 2
 FOLDER = "manifest"
@@ -78,7 +78,7 @@ class Manifest:
         try:
             storage.create(name, _encode(self, self.version + 1))
         except FileExistsError:
-            raise StoreError(f"the store {storage.url} was taken over by another writer; this one stops") from None
+            raise taken_over(storage.url) from None
         self.version += 1
         for old in storage.files(FOLDER)[:-_KEPT]:
             storage.delete(f"{FOLDER}/{old.name}")
@@ -112,14 +112,14 @@ def _encode(manifest: Manifest, version: int) -> bytes:
 def _decode(data: bytes, name: str) -> Manifest:
     try:
         whole = json.loads(data)
-        found = whole["format"]
+        if (found := whole["format"]) > FORMAT:
+            raise StoreError(f"the store has format {found}, this llmi reads up to {FORMAT}: {name}; use a newer llmi")
+        body = whole["manifest"]
+        sound = zlib.crc32(json.dumps(body, sort_keys=True).encode()) == whole["crc32"]
     except (ValueError, KeyError, TypeError):
-        raise StoreError(f"the manifest {name} is damaged; restore the store from a copy") from None
-    if found > FORMAT:
-        raise StoreError(f"the store has format {found}, this llmi reads up to {FORMAT}: {name}; use a newer llmi")
-    body = whole["manifest"]
-    if zlib.crc32(json.dumps(body, sort_keys=True).encode()) != whole["crc32"]:
-        raise StoreError(f"the manifest {name} is damaged (its checksum is wrong); restore the store from a copy")
+        sound = False
+    if not sound:
+        raise StoreError(f"the manifest {name} is damaged; restore the store from a copy")
     logs = {
         name: LogState(log["next"], log["rows"], [Segment(**segment) for segment in log["segments"]])
         for name, log in body["logs"].items()

@@ -7,7 +7,7 @@ are deleted only one collection later, so that a reader that has just read the m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +75,7 @@ def remove(logs: dict[str, Log], gone: set[str]) -> None:
     names = pa.array(sorted(gone), pa.string())
     for name in (*STAGES, "ended"):
         _rewrite(logs[name], lambda b: pc.invert(pc.is_in(b.column("trajectory"), value_set=names)), 1.0)
-    needed = pa.array(sorted(_pictures(logs)), pa.string())
+    needed = pa.array(sorted(pictures((b for _, b in logs["pending"]), (b for _, b in logs["rendered"]))), pa.string())
     _rewrite(logs["blobs"], lambda b: pc.is_in(b.column("sha256"), value_set=needed), _WORTH_KEEPING)
 
 
@@ -101,10 +101,8 @@ def _rewrite(log: Log, keep: Callable[[pa.RecordBatch], pa.Array], below: float)
         log.replace(segment, [b for b in kept if b.num_rows])
 
 
-def _pictures(logs: dict[str, Log]) -> set[str]:
-    names: set[str] = set()
-    for _, batch in logs["pending"]:
-        names |= set(batch.column("given").flatten().to_pylist())
-    for _, batch in logs["rendered"]:
-        names |= set(pc.struct_field(batch.column("calls").flatten(), "images").flatten().to_pylist())
-    return names - {None}
+def pictures(pending: Iterable[pa.RecordBatch], rendered: Iterable[pa.RecordBatch]) -> set[str]:
+    """SHA-256 of every picture that rows of these logs name."""
+    given = (b.column("given").flatten() for b in pending)
+    made = (pc.struct_field(b.column("calls").flatten(), "images").flatten() for b in rendered)
+    return {name for names in (*given, *made) for name in names.to_pylist()}

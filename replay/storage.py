@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -89,11 +90,13 @@ class LocalStorage:
 
     def files(self, folder: str) -> list[File]:
         with _explained(f"the store {self.root}"):
-            try:
-                found = [File(e.name, e.stat().st_size) for e in os.scandir(self.root / folder) if e.is_file()]
-            except FileNotFoundError:
-                return []
-        return sorted(f for f in found if not f.name.endswith(".tmp"))
+            found = []
+            with contextlib.suppress(FileNotFoundError):
+                for entry in os.scandir(self.root / folder):
+                    with contextlib.suppress(FileNotFoundError):  # deleted while we look
+                        if entry.is_file() and not entry.name.endswith(".tmp"):
+                            found.append(File(entry.name, entry.stat().st_size))
+        return sorted(found)
 
     def create(self, name: str, data: bytes | pa.Buffer) -> None:
         path = self.root / name
@@ -106,6 +109,9 @@ class LocalStorage:
                     f.flush()
                     os.fsync(fd)
                 os.link(tmp, path)  # unlike a rename, it is refused where the name is taken
+            except FileExistsError:
+                if path.read_bytes() != bytes(memoryview(data)):
+                    raise
             finally:
                 os.unlink(tmp)
             sync_folder(path.parent)
@@ -126,9 +132,12 @@ class LocalStorage:
             owner = os.read(fd, 200).decode() or "another process"
             os.close(fd)
             raise _taken(self.url, owner) from None
-        os.ftruncate(fd, 0)
-        os.write(fd, me().encode())
         self._lock = fd
+        with _explained(f"the store {self.root}"):
+            os.ftruncate(fd, 0)
+            os.write(fd, me().encode())
+            for left in self.root.glob("*/*.tmp"):  # of a life that was killed
+                left.unlink()
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -146,17 +155,28 @@ class S3Storage:
 
     LOCK_S = 60.0
     CACHE_BYTES = 8 << 30
-    _CALLS: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 8}}
+    #: How often and how long a call is tried, all in all about a minute. (s3fs tries again what these gave up.)
+    _CALLS: dict[str, Any] = {
+        "connect_timeout": 5,
+        "read_timeout": 20,
+        "retries": {"mode": "standard", "max_attempts": 5},
+    }
+    _TRIES = 2
 
     def __init__(self, url: str) -> None:
         import s3fs
 
         self.url, self._root = url, url.removeprefix("s3://")
-        self._fs = s3fs.S3FileSystem(use_listings_cache=False, config_kwargs=self._CALLS)
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        self._fs = s3fs.S3FileSystem(endpoint_url=endpoint, use_listings_cache=False, config_kwargs=self._CALLS)
+        self._fs.retries = self._TRIES
         self._cache = Path(tempfile.gettempdir()) / f"llmi-cache-{os.getuid()}"
         self._cache.mkdir(mode=0o700, exist_ok=True)
         self._renewed = 0.0
         self._held = False
+        self._doubtful: dict[str, str] = {}  # files that may have arrived although we were told otherwise -> SHA-256
+        owner = {"name": me(), "host": socket.gethostname(), "pid": os.getpid(), "nonce": secrets.token_hex(8)}
+        self._claim = json.dumps(owner).encode()
 
     def files(self, folder: str) -> list[File]:
         with _explained(f"listing {self.url}/{folder}"):
@@ -168,17 +188,32 @@ class S3Storage:
 
     def create(self, name: str, data: bytes | pa.Buffer) -> None:
         self._renew()
-        whole = data.to_pybytes() if isinstance(data, pa.Buffer) else data
+        path, whole = f"{self._root}/{name}", data.to_pybytes() if isinstance(data, pa.Buffer) else data
         with _explained(f"writing {self.url}/{name}"):
             try:
-                self._fs.pipe_file(f"{self._root}/{name}", whole, mode="create")
-            except FileExistsError:  # also where our own first try went through, and only its answer was lost
-                if self._fs.cat_file(f"{self._root}/{name}") != whole:
-                    raise
+                self._create(path, whole)
+            except FileExistsError:
+                raise
+            except Exception:
+                self._doubtful[path] = hashlib.sha256(whole).hexdigest()
+                raise
+        self._doubtful.pop(path, None)
+
+    def _create(self, path: str, whole: bytes) -> None:
+        try:
+            self._fs.pipe_file(path, whole, mode="create")
+        except FileExistsError:
+            there = self._fs.cat_file(path)
+            if there == whole:  # our own first try went through, and only its answer was lost
+                return
+            if hashlib.sha256(there).hexdigest() != self._doubtful.get(path):
+                raise
+            self._fs.rm_file(path)  # of a call that we reported as failed
+            self._fs.pipe_file(path, whole, mode="create")
 
     def map(self, name: str) -> pa.Buffer:
         path = f"{self._root}/{name}"
-        with _explained(f"reading {self.url}/{name}"):
+        with _explained(f"reading {self.url}/{name}", passing=()):
             info = self._fs.info(path, refresh=True)
             key = hashlib.sha256(f"{self._fs.endpoint_url} {path} {info['ETag']}".encode()).hexdigest()
             cached = self._cache / key
@@ -197,31 +232,39 @@ class S3Storage:
     def lock(self) -> None:
         with _explained(f"locking {self.url}"):
             try:
-                self._fs.pipe_file(f"{self._root}/LOCK", self._claim(), mode="create")
+                self._create(f"{self._root}/LOCK", self._claim)
+            except FileNotFoundError:
+                raise StoreError(f"there is no bucket {self._root.partition('/')[0]}; make it first") from None
             except FileExistsError:
-                owner = json.loads(self._fs.cat_file(f"{self._root}/LOCK"))
-                age = time.time() - self._fs.info(f"{self._root}/LOCK", refresh=True)["LastModified"].timestamp()
+                owner, age = self._owner(), self._modified("NOW") - self._modified("LOCK")
                 if age < self.LOCK_S and not _gone(owner):
                     raise _taken(self.url, f"{owner['name']} (renewed {age:.0f} s ago)") from None
-                self._fs.pipe_file(f"{self._root}/LOCK", self._claim())
+                self._fs.pipe_file(f"{self._root}/LOCK", self._claim)
         self._held, self._renewed = True, time.monotonic()
 
     def unlock(self) -> None:
         if self._held:
             self._held = False
-            self.delete("LOCK")
+            with contextlib.suppress(Exception):  # it runs out by itself
+                if self._fs.cat_file(f"{self._root}/LOCK") == self._claim:
+                    self.delete("LOCK")
 
-    def _claim(self) -> bytes:
-        return json.dumps({"name": me(), "host": socket.gethostname(), "pid": os.getpid()}).encode()
+    def _owner(self) -> dict[str, Any]:
+        return json.loads(self._fs.cat_file(f"{self._root}/LOCK"))
+
+    def _modified(self, name: str) -> float:
+        """When an object was written; `NOW` is written for it, because our clock is not the service's."""
+        if name == "NOW":
+            self._fs.pipe_file(f"{self._root}/{name}", b"")
+        return self._fs.info(f"{self._root}/{name}", refresh=True)["LastModified"].timestamp()
 
     def _renew(self) -> None:
         if self._held and time.monotonic() - self._renewed > self.LOCK_S / 4:
+            with _explained(f"locking {self.url}", passing=()):
+                if self._fs.cat_file(f"{self._root}/LOCK") != self._claim:
+                    raise _taken(self.url, self._owner()["name"])
+                self._fs.pipe_file(f"{self._root}/LOCK", self._claim)
             self._renewed = time.monotonic()
-            with _explained(f"locking {self.url}"):
-                owner = json.loads(self._fs.cat_file(f"{self._root}/LOCK"))
-                if owner["name"] != me():
-                    raise _taken(self.url, owner["name"])
-                self._fs.pipe_file(f"{self._root}/LOCK", self._claim())
 
     def _make_room(self, size: int) -> None:
         """Drop what was used longest ago; what a reader has mapped stays readable for it."""
@@ -256,6 +299,10 @@ def _mapped(path: Path) -> pa.Buffer:
         raise StoreError(f"reading {path} failed: {error}") from error
 
 
+def taken_over(url: str) -> StoreError:
+    return StoreError(f"the store {url} was taken over by another writer; this one stops")
+
+
 def _taken(url: str, owner: str) -> StoreError:
     return StoreError(f"the store {url} is open in {owner}; stop it first, or use another folder")
 
@@ -273,11 +320,13 @@ def _gone(owner: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Any:
-    """Turns what a disk or a service says into one sentence; FileExistsError and FileNotFoundError pass."""
+def _explained(what: str, passing: tuple[type[Exception], ...] = (FileExistsError, FileNotFoundError)) -> Any:
+    """Turns what a disk or a service says into one sentence; what is `passing` is for the caller."""
     try:
         yield
-    except (FileExistsError, FileNotFoundError, StoreError):
+    except StoreError:
+        raise
+    except passing:
         raise
     except Exception as error:
         hint = "; free some space, then resume" if getattr(error, "errno", None) == 28 else ""

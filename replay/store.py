@@ -9,6 +9,8 @@ puts of the same row the first wins and the second is told `stale`. Nothing here
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import time
 from collections import Counter
@@ -32,6 +34,7 @@ from replay.storage import StoreError, storage
 __all__ = ["MAX_CLAIMS", "Claim", "Retention", "Store", "StoreError"]
 
 MAX_CLAIMS = 5  # a row that was claimed so often without a result takes its workers down: it is dropped
+_READ_TRIES = 3
 _KEYS = ("trajectory", "group", "attempt")
 _COLUMN_STAGE = {name: stage for stage in reversed(STAGES) for name in SCHEMAS[stage].names}
 
@@ -65,10 +68,18 @@ class Store:
         if not read_only:
             self._storage.lock()
         try:
-            self._open()
+            self._open_for_reading() if read_only else self._open()
+            if not read_only:
+                self._commit()  # keeps an earlier owner that does not know yet from committing
         except BaseException:
             self._storage.unlock()
             raise
+
+    def _open_for_reading(self) -> None:
+        for _ in range(_READ_TRIES - 1):
+            with contextlib.suppress(StoreError):  # the writer may replace a file that we are about to read
+                return self._open()
+        self._open()
 
     def _open(self) -> None:
         found = manifest.read(self._storage)
@@ -76,12 +87,7 @@ class Store:
             raise StoreError(f"there is no replay store in {self._storage.url}")
         self._manifest = found or Manifest()
         states = {name: self._manifest.logs.setdefault(name, LogState()) for name in SCHEMAS}
-        before = {name: (state.next, len(state.segments)) for name, state in states.items()}
         self._logs = {n: Log(self._storage, n, schema, states[n], self._read_only) for n, schema in SCHEMAS.items()}
-        if not self._read_only and (
-            found is None or before != {name: (s.next, len(s.segments)) for name, s in states.items()}
-        ):
-            self._commit()
         self._tokens = itertools.count(time.time_ns())  # never one of an earlier life's
         self._leases: dict[int, list[int]] = {}  # token -> numbers of what it still holds
         self._index = Index()
@@ -234,17 +240,21 @@ class Store:
             found[name] = Blob(rows.column("data")[row].as_py(), rows.column("mime")[row].as_py())
         return found
 
+    def has_blob(self, name: str) -> bool:
+        return name in self._blobs
+
     def clear(self) -> None:
         """Forget everything, on disk too."""
         for log in self._logs.values():
             log.seal()
-            for segment in list(log.state.segments):
-                log.drop(segment)
-        self._manifest.collected, self._leases = {}, {}
-        self._commit()
+        if not self._settled:
+            raise StoreError(f"the store {self._storage.url} cannot be cleared while its disk is full; free some space")
+        empty = {name: LogState(log.state.next, log.state.rows) for name, log in self._logs.items()}
+        Manifest(self._manifest.version, empty).commit(self._storage)
+        self._leases = {}
+        self._reopen()
         for log in self._logs.values():
             log.sweep()
-        self._reopen()
 
     # ---- readers that do not claim -----------------------------------------------------------------------------
 
@@ -261,8 +271,9 @@ class Store:
             if end <= at or len(out) >= limit:
                 continue
             names = [name for i in batches for name in log[i].column("trajectory").to_pylist()]
-            # after a collection a cursor may stand between rows that are gone: what is left is read again
-            names = names[at - first :] if at > first and len(names) == end - first else names
+            # After a collection a cursor may stand between rows that are gone. As many are left to read as there were,
+            # at most: some may be read again, none is passed over.
+            names = names[max(0, len(names) - (end - max(at, first))) :]
             taken = names[: limit - len(out)]
             at = end if len(taken) == len(names) else end - len(names) + len(taken)
             out += taken
@@ -300,7 +311,7 @@ class Store:
 
     def purposes(self) -> list[str]:
         """`train` and the names of evaluations, sorted."""
-        return sorted(self._index.purposes)
+        return sorted({*self._index.purposes, *self._manifest.collected})
 
     def ends(self, purpose: str) -> dict[str, tuple[str, str]]:
         """Trajectory -> (status, reason) of all that are scored or have ended."""
@@ -350,21 +361,25 @@ class Store:
         Args:
             committed_step: what was trained after it may come back, and is not touched.
         """
+        self._commit()  # so that nothing is swept which the newest manifest names
         for log in self._logs.values():
             log.sweep()  # what the last collection replaced
             log.seal()
-        if not all(log.settled for log in self._logs.values()):
+        if not self._settled:
             return 0
+        self._commit()
         groups = finished(self._index, self._logs["ended"], committed_step)
         accepted = self._index.group_counts("train")["accepted"]
         gone = chosen(groups, accepted, self.bytes(), retention, time.time())
-        ids = [i for members in gone for i in members]
-        self._note_collected(gone)
-        if ids:
-            remove(self._logs, {self._index.names[i] for i in ids})
-        compress_cold(self._logs, self._index)
-        self._commit()
-        self._reopen()
+        draft = copy.deepcopy(self._manifest)  # if anything fails, the store goes on with what it has
+        logs = {name: Log(self._storage, name, schema, draft.logs[name]) for name, schema in SCHEMAS.items()}
+        if gone:
+            self._note_collected(draft, gone)
+            remove(logs, {self._index.names[i] for members in gone for i in members})
+        compress_cold(logs, self._index)
+        if draft != self._manifest:
+            draft.commit(self._storage)
+            self._reopen()
         return len(gone)
 
     def close(self) -> None:
@@ -378,20 +393,23 @@ class Store:
 
     def _append(self, name: str, rows: pa.Table) -> None:
         log = self._logs[name]
-        batch = log.append(rows)
-        self._take(name, batch, log[batch])
-        if log.full:
+        if log.full:  # now and not after the append: if this fails, nothing was kept
             log.seal()
             self._commit()
+        self._take(name, *log.append(rows))
 
     def _commit(self) -> None:
         self._manifest.commit(self._storage)
         for log in self._logs.values():
             log.forget_sidecars()
 
+    @property
+    def _settled(self) -> bool:
+        return all(log.settled for log in self._logs.values())
+
     def _reopen(self) -> None:
         """Read everything anew; leases and their tokens live on."""
-        held = {t: [self._index.names[i] for i in self._held(t)] for t in list(self._leases)}
+        held = {t: [self._index.names[i] for i in ids] for t in list(self._leases) if (ids := self._held(t))}
         until = {t: float(self._index["until"][ids[0]]) for t, ids in self._leases.items()}
         claims = {n: int(self._index["claims"][i]) for n, i in self._index.ids.items() if self._index["claims"][i]}
         tokens = self._tokens
@@ -404,14 +422,13 @@ class Store:
             self._leases[token] = ids = [self._index.ids[n] for n in names]
             self._index.lease(ids, token, until[token])
 
-    def _note_collected(self, gone: Sequence[Sequence[int]]) -> None:
-        noted = Counter(self._manifest.collected.get("train", {}))
+    def _note_collected(self, draft: Manifest, gone: Sequence[Sequence[int]]) -> None:
+        noted = Counter(draft.collected.get("train", {}))
         for members in gone:
             statuses = [self._index.status(i) for i in members]
             noted.update(s.value for s in statuses)
             noted.update(groups_accepted=1, groups_ended=1, groups_trained=Status.TRAINED in statuses)
-        if noted:
-            self._manifest.collected["train"] = dict(noted)
+        draft.collected["train"] = dict(noted)
 
     def _replay(self) -> None:
         """Build the index from the logs. First the requeues: they tell which attempt of a trajectory counts."""

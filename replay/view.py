@@ -1,15 +1,68 @@
-"""A store as its readers see it: all shards at once, nothing locked, nothing changed."""
+"""A store as its readers see it: all shards at once, nothing locked, nothing changed; and where the shards lie."""
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
-from replay.record import Blob
+from replay import manifest
+from replay.record import SCHEMAS, Blob
+from replay.storage import StoreError, storage
 from replay.store import Store
+
+_SHARDS = "shards.json"
+
+
+def shard_of(trajectory: str, shards: int) -> int:
+    """Which shard a trajectory lies in: a matter of its group's name alone."""
+    return zlib.crc32(trajectory.rpartition("/")[0].encode()) % shards if shards > 1 else 0
+
+
+def make_shards(url: str, shards: int) -> list[str]:
+    """Where the shards of a run's store lie; their number is fixed when the store is made.
+
+    Raises:
+        StoreError: the store was made with another number.
+    """
+    place = storage(url)
+    if not place.files(""):
+        place.create(_SHARDS, json.dumps({"shards": shards}).encode())
+    found = shard_urls(url)
+    if len(found) != shards:
+        raise StoreError(f"the store {url} has {len(found)} shards, store.shards says {shards}; set it back to resume")
+    return found
+
+
+def shard_urls(url: str | Path) -> list[str]:
+    """Where the shards of a store lie; a store without shards is its own."""
+    text = str(url).rstrip("/")
+    place = storage(text, read_only=True)
+    if _SHARDS not in {f.name for f in place.files("")}:
+        return [text]
+    shards = json.loads(place.map(_SHARDS).to_pybytes())["shards"]
+    return [f"{text}/shard-{k}" for k in range(shards)]
+
+
+def copy(url: str, to: str) -> None:
+    """Copy a store that nobody writes to, file by file.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    source, target = storage(url, read_only=True), storage(to)
+    shards = [shard.removeprefix(str(url).rstrip("/")).lstrip("/") for shard in shard_urls(url)]
+    folders = [f"{shard}/{name}".lstrip("/") for shard in shards for name in (manifest.FOLDER, *SCHEMAS)]
+    names = [f"{folder}/{f.name}" for folder in folders for f in source.files(folder)]
+    if not names:
+        raise StoreError(f"there is no replay store in {url}")
+    for name in names if shards == [""] else [*names, _SHARDS]:
+        target.create(name, source.map(name))
 
 
 class View:
@@ -19,11 +72,11 @@ class View:
         url: of a store: a folder, `file://...` or `s3://...`.
 
     Raises:
-        StoreError: there is no store, or it is of a newer format.
+        StoreError: there is no store, it is damaged, or of a newer format.
     """
 
     def __init__(self, url: str | Path) -> None:
-        self._shards = [Store(url, read_only=True)]
+        self._shards = [Store(shard, read_only=True) for shard in shard_urls(url)]
 
     def purposes(self) -> list[str]:
         """`train` and the names of evaluations, sorted."""
@@ -31,15 +84,24 @@ class View:
 
     def find(self, purpose: str, statuses: Iterable[str] | None = None) -> list[str]:
         """Trajectories of a purpose (at these statuses), oldest first within a shard."""
-        return [name for shard in self._shards for name in shard.find(purpose, statuses)]
+        wanted = None if statuses is None else list(statuses)
+        return [name for shard in self._shards for name in shard.find(purpose, wanted)]
 
     def get(self, trajectories: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """`Store.get`; KeyError for a trajectory that no shard has."""
-        return self._shards[0].get(trajectories, columns)
+        n = len(self._shards)
+        if n == 1:
+            return self._shards[0].get(trajectories, columns)
+        of = np.array([shard_of(name, n) for name in trajectories], int)
+        order = np.argsort(of, kind="stable")
+        parts = [s.get([trajectories[i] for i in order if of[i] == k], columns) for k, s in enumerate(self._shards)]
+        return pa.concat_tables(parts).combine_chunks().take(pa.array(np.argsort(order)))
 
     def blobs(self, names: Iterable[str]) -> dict[str, Blob]:
         """Pictures by SHA-256; KeyError for one that no shard has."""
-        return self._shards[0].blobs(names)
+        wanted = list(names)
+        found = {n: b for s in self._shards for n, b in s.blobs(x for x in wanted if s.has_blob(x)).items()}
+        return {name: found[name] for name in wanted}
 
     def ends(self, purpose: str) -> dict[str, tuple[str, str]]:
         """Trajectory -> (status, reason) of all that are scored or have ended."""
@@ -51,12 +113,13 @@ class View:
 
     def groups(self, purpose: str) -> dict[str, int]:
         """Groups: `accepted`, `ended`, `trained`."""
-        return dict(sum((Counter(shard.groups(purpose)) for shard in self._shards), Counter()))
+        each = [shard.groups(purpose) for shard in self._shards]
+        return {name: sum(groups[name] for groups in each) for name in ("accepted", "ended", "trained")}
 
     def lost(self, purpose: str) -> int:
         """Accepted trajectories without exactly one end, counted in the logs."""
         return sum(shard.lost(purpose) for shard in self._shards)
 
     def close(self) -> None:
-        for shard in self._shards:
-            shard.close()
+        """Let go of the files."""
+        self._shards = []

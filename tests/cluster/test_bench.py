@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import rollout, train
-from cluster import bench
+from benchmarks import replay, rollout, train
+from cluster import bench, store_rivals
 from cluster.config import Config, ConfigError, load
+from replay.store import Store
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny.yaml"
 
@@ -19,7 +24,7 @@ def test_an_unknown_benchmark_names_those_that_exist_wherever_the_command_is_run
     llmi = Path(sys.executable).with_name("llmi")
     done = subprocess.run([llmi, "bench", "rolout"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
-    assert done.stderr == "llmi: no benchmark 'rolout'; there are rollout, train\n"
+    assert done.stderr == "llmi: no benchmark 'rolout'; there are replay, rollout, train\n"
 
 
 def test_a_benchmark_runs_in_a_folder_of_its_own_and_its_numbers_come_with_the_machine(
@@ -53,3 +58,53 @@ def test_the_seconds_of_a_step_are_medians_over_the_run(monkeypatch: pytest.Monk
     monkeypatch.setattr(train.RunFolder, "steps", lambda folder: rows)
     results = train.run(load(TINY, list(train.OVERRIDES)))
     assert results == dict.fromkeys(train.SECONDS, 2.0) | {f"idle_{stage}": share for stage, share in idle.items()}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"ROUNDS": 2, "TOKENS": 20, "IMAGE_BYTES": 100, "APPENDED": 8, "BATCH": 4, "STORED": 24, "READ": 5}
+    sizes |= {"ROW_GROUP": 5, "CLAIMED": 20, "CLAIM": 8, "MANY": 40, "TABLE": 20}
+    for name, size in sizes.items():
+        monkeypatch.setattr(replay, name, size)
+
+
+@pytest.mark.parametrize(
+    ("part", "keys"),
+    [
+        ("reads", {"random_200_ms", "random_vs_parquet"}),
+        ("claims", {"claims_per_s"}),
+        ("opening", {"open_million_s", "open_million_mib"}),
+    ],
+)
+def test_a_part_of_the_replay_benchmark_gives_its_numbers(
+    small: None, tmp_path: Path, part: str, keys: set[str]
+) -> None:
+    results = getattr(replay, part)(tmp_path / part)
+    assert set(results) == keys and all(value > 0 for value in results.values())
+
+
+def test_parquet_and_the_store_are_asked_for_the_same_rows(small: None, tmp_path: Path) -> None:
+    table, rows = replay.generated(0, 24, 20, np.random.default_rng(0)), np.array([23, 4, 11, 5])
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=replay.ROW_GROUP)
+    store = Store(tmp_path / "store")
+    store.put("pending", replay.pending(0, 24))
+    assert set(store.put("generated", table)) == {"ok"}
+    kept = store.get([replay.trajectory(i) for i in rows], replay.COLUMNS).select(replay.COLUMNS)
+    assert replay.from_parquet(pq.ParquetFile(tmp_path / "rows.parquet"), rows).to_pydict() == kept.to_pydict()
+
+
+@pytest.mark.parametrize("rival", ["BareFile", "Sqlite", "Redis"])
+def test_a_rival_of_the_store_keeps_every_row_and_picture(small: None, tmp_path: Path, rival: str) -> None:
+    if rival == "Redis" and not shutil.which("redis-server"):
+        pytest.skip("leave: redis-server is not installed")
+    rng = np.random.default_rng(0)
+    batches = [replay.batch(first, rng) for first in range(0, 12, 4)]
+    writer = getattr(store_rivals, rival)(tmp_path / rival)
+    writer.append(batches)
+    writer.close()
+    kept = b"".join(path.read_bytes() for path in sorted((tmp_path / rival).rglob("*")) if path.is_file())
+    assert all(image in kept for batch in batches for image in batch.images)
+    assert all(batch.rows["token_ids"][i].values.to_numpy().tobytes() in kept for batch in batches for i in range(4))
+    if rival == "Sqlite":
+        with sqlite3.connect(tmp_path / rival / "rows.db") as db:
+            assert db.execute("SELECT count(*) FROM rows").fetchone() == (12,)

@@ -126,7 +126,7 @@ def test_every_document_ends_and_only_its_own_failures_are_its_own(outside: None
     for name, (text, (status, reason)) in zip(sorted(ends), DOCUMENTS.items(), strict=True):
         assert ends[name][0] == status, (text, ends[name])
         assert reason in ends[name][1], (text, ends[name])
-    calls = ray.get(pools.store.get.remote(sorted(ends), ["calls"]))["calls"].to_pylist()
+    calls = pools.store.now(pools.store.get(sorted(ends), ["calls"]))["calls"].to_pylist()
     assert [c["status"] for c in calls[3]] == ["failed", "ok"]
     assert calls[3][0]["reason"] == "not in the mood"
     assert [c["status"] for c in calls[4]] == ["ok", "invalid"]
@@ -138,16 +138,16 @@ def test_every_document_ends_and_only_its_own_failures_are_its_own(outside: None
 def _write(store: Any, order: int, text: str) -> None:
     """A document as a rollout worker would have put it."""
     rows, _ = group_rows(Prompt(str(order), "what?"), "train", order, 1, 0)
-    ray.get(store.put.remote("pending", rows))
+    store.now(store.put("pending", rows))
     [row] = rows.to_pylist()
     generated = {n: row.get(n) for n in SCHEMAS["generated"].names}
     generated |= {"text": text, "finish": "stop", "versions": [0], "token_ids": [1], "logprobs": [0.0], "mask": [1]}
-    ray.get(store.put.remote("generated", pa.Table.from_pylist([generated], SCHEMAS["generated"])))
+    store.now(store.put("generated", pa.Table.from_pylist([generated], SCHEMAS["generated"])))
 
 
 def _wait(pools: Pools) -> dict[str, tuple[str, str]]:
     deadline = time.monotonic() + 240
-    while len(ends := ray.get(pools.store.ends.remote("train"))) < len(DOCUMENTS):
+    while len(ends := pools.store.now(pools.store.ends("train"))) < len(DOCUMENTS):
         pools.watch()
         assert time.monotonic() < deadline, f"after 240 s only these ended: {ends}"
         time.sleep(0.5)

@@ -9,7 +9,7 @@ import pytest
 from cluster.config import Config
 from cluster.run_folder import RunFolder
 from cluster.train import train
-from replay.store import Store
+from replay.view import View
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 
@@ -56,7 +56,7 @@ def _loads_everywhere(folder: RunFolder) -> None:
 
 def _tokens_are_as_sampled(folder: RunFolder) -> None:
     """Every token has its log-prob, mask and version; the text is what the tokens say; versions are never mixed up."""
-    store = Store(folder.replay)
+    store = View(folder.replay)
     try:
         columns = ["prompt_ids", "token_ids", "logprobs", "mask", "versions", "text", "reward", "components"]
         rows = store.get(store.find("train", ["trained"]), columns).to_pylist()

@@ -1,64 +1,14 @@
-"""The store's promises, on a real folder."""
+"""The store's promises, in a folder and in a bucket."""
 
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from replay.record import SCHEMAS, Blob, Status, version
+from replay.record import Blob, Status, version
 from replay.store import MAX_CLAIMS, Store, StoreError
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Store:
-    return Store(tmp_path / "replay", clock)
-
-
-def table(stage: str, rows: list[dict]) -> pa.Table:
-    filled = [{n: None for n in SCHEMAS[stage].names} | {"attempt": 0, "turn": 0} | row for row in rows]
-    return pa.Table.from_pylist(filled, SCHEMAS[stage])
-
-
-def pending(group: str = "g0", samples: int = 2, purpose: str = "train") -> pa.Table:
-    return table(
-        "pending",
-        [{"trajectory": f"{group}/{i}", "group": group, "purpose": purpose, "question": "q"} for i in range(samples)],
-    )
-
-
-def row(stage: str, trajectory: str, **values: object) -> pa.Table:
-    return table(stage, [{"trajectory": trajectory, "group": trajectory.split("/")[0]} | values])
-
-
-def to_scored(store: Store, trajectory: str, at: int = 0) -> None:
-    assert store.put("generated", row("generated", trajectory, versions=[at, at + 1], text="t")) == ["ok"]
-    assert store.put("rendered", row("rendered", trajectory)) == ["ok"]
-    assert store.put("scored", row("scored", trajectory, reward=1.0)) == ["ok"]
-
-
-def claim(store: Store, stage: str, **options: Any) -> Any:
-    defaults: dict[str, Any] = {"limit": 9, "lease_s": 10, "columns": []}
-    return store.claim(stage, **(defaults | options))
-
-
-def reopen(store: Store, clock: Clock | None = None) -> Store:
-    store.close()
-    return Store(store.root, clock or Clock())
+from tests.replay.rows import Clock, claim, killed, pending, reopen, row, table, to_scored
 
 
 def test_a_trajectory_walks_through_all_stages(store: Store) -> None:
@@ -206,15 +156,10 @@ def test_what_was_trained_after_the_committed_step_comes_back_once(store: Store)
     assert reopen(store).counts() == {"trained": 2}
 
 
-def killed(store: Store, to: Path) -> Path:
-    """The folder as a process that dies now leaves it."""
-    return Path(shutil.copytree(store.root, to))
-
-
-def test_a_torn_tail_costs_only_the_put_that_never_returned(store: Store, tmp_path: Path) -> None:
-    store.put("pending", pending("a"))
-    store.put("pending", pending("b"))
-    left = killed(store, tmp_path / "left")
+def test_a_torn_tail_costs_only_the_put_that_never_returned(local: Store, tmp_path: Path) -> None:
+    local.put("pending", pending("a"))
+    local.put("pending", pending("b"))
+    left = killed(local, tmp_path / "left")
     [segment] = (left / "pending").glob("*.arrows")
     os.truncate(segment, segment.stat().st_size - 7)
     again = Store(left)
@@ -222,10 +167,10 @@ def test_a_torn_tail_costs_only_the_put_that_never_returned(store: Store, tmp_pa
     assert again.put("pending", pending("b")) == ["ok", "ok"]
 
 
-def test_damage_before_the_tail_is_an_error_that_names_the_file(store: Store, tmp_path: Path) -> None:
-    store.put("pending", pending("a"))
-    store.put("pending", pending("b"))
-    left = killed(store, tmp_path / "left")
+def test_damage_before_the_tail_is_an_error_that_names_the_file(local: Store, tmp_path: Path) -> None:
+    local.put("pending", pending("a"))
+    local.put("pending", pending("b"))
+    left = killed(local, tmp_path / "left")
     [segment] = (left / "pending").glob("*.arrows")
     data = bytearray(segment.read_bytes())
     data[len(data) // 2] ^= 1
@@ -245,12 +190,12 @@ def test_an_open_store_refuses_a_second_owner_by_name(store: Store) -> None:
         Store(store.root)
 
 
-def test_a_store_of_a_newer_format_is_refused(store: Store) -> None:
-    store.close()
-    newest = sorted((store.root / "manifest").iterdir())[-1]
+def test_a_store_of_a_newer_format_is_refused(local: Store) -> None:
+    local.close()
+    newest = sorted((Path(local.root) / "manifest").iterdir())[-1]
     newest.write_text('{"format": 99}')
     with pytest.raises(StoreError, match="format 99"):
-        Store(store.root)
+        Store(local.root)
 
 
 def test_clear_forgets_everything(store: Store) -> None:

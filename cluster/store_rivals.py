@@ -1,0 +1,185 @@
+"""Writers that make the same rows and pictures durable, a batch at a time: what `llmi bench replay` compares.
+
+One goes through the store's actor, in another process; the others are what one could use instead. What they are given
+is in memory, and each returns when all of it is on disk. The rivals have it easier: only SQLite and the bare file hash
+the pictures, as the store does, and SQLite and Redis keep token ids and log-probs only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import sqlite3
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+
+from actors.store import StoreActor
+from cluster.pools import PING_S, SERVICE, init_ray
+from cluster.servers import RunFailed, actor_options
+from replay.record import Blob
+from replay.store import blob_table
+
+IN_FLIGHT = 2  # batches on their way at once, as a worker has them
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of `SCHEMAS["generated"]`, and as many pictures for each, in the rows' order."""
+
+    rows: pa.Table
+    images: list[bytes]
+
+
+class Writer(Protocol):
+    def __init__(self, folder: Path) -> None:
+        """`folder` is made."""
+
+    def append(self, batches: Sequence[Batch]) -> None:
+        """Write each batch as one; returns when all are durable."""
+
+    def close(self) -> None: ...
+
+
+def payload(images: list[bytes]) -> pa.Table:
+    """Pictures in the form in which a worker hands them to `Store.put`."""
+    return blob_table(Blob(image) for image in images)
+
+
+class ThroughStore:
+    """The store's actor. A row must have been accepted before it is appended."""
+
+    def __init__(self, folder: Path) -> None:
+        init_ray()
+        self._store = StoreActor.options(**actor_options(SERVICE)).remote(str(folder))  # type: ignore[attr-defined]
+
+    def accept(self, pending: pa.Table) -> None:
+        self._landed(self._store.put.remote("pending", pending))
+
+    def append(self, batches: Sequence[Batch]) -> None:
+        flying: deque[Any] = deque()
+        for batch in batches:
+            blobs = payload(batch.images)
+            if len(flying) == IN_FLIGHT:
+                self._landed(flying.popleft())
+            flying.append(self._store.put.remote("generated", batch.rows, blobs))
+        for put in flying:
+            self._landed(put)
+
+    def close(self) -> None:
+        ray.kill(self._store)  # what it wrote is of no use
+
+    def _landed(self, put: Any) -> None:
+        stale = ray.get(put, timeout=PING_S).count("stale")
+        if stale:
+            raise RunFailed(f"the store refused {stale} rows of a put; the benchmark must accept its rows first")
+
+
+class BareFile:
+    """One file, and one process that hashes and writes: the most that the disk gives."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._file = open(folder / "rows", "wb")  # noqa: SIM115
+
+    def append(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            for image in batch.images:
+                self._file.write(hashlib.sha256(image).digest())
+                self._file.write(image)
+            buffers = (b for column in batch.rows.columns for chunk in column.chunks for b in chunk.buffers())
+            self._file.writelines(b for b in buffers if b is not None)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Sqlite:
+    """One transaction a batch, durable when it is committed; pictures by their SHA-256."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._db = sqlite3.connect(folder / "rows.db")
+        self._db.executescript(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;"
+            "CREATE TABLE rows (trajectory TEXT PRIMARY KEY, token_ids BLOB, logprobs BLOB);"
+            "CREATE TABLE images (sha256 BLOB PRIMARY KEY, data BLOB);"
+        )
+
+    def append(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            with self._db:
+                images = ((hashlib.sha256(image).digest(), image) for image in batch.images)
+                self._db.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", images)
+                self._db.executemany("INSERT INTO rows VALUES (?, ?, ?)", _cells(batch.rows))
+
+    def close(self) -> None:
+        self._db.close()
+
+
+class Redis:
+    """A stream of a server of its own on a Unix socket; an entry's answer comes when it is on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        options = "--port 0 --unixsocket s --appendonly yes --appendfsync always --auto-aof-rewrite-percentage 0"
+        command = ["redis-server", *options.split(), "--save", ""]
+        with open(folder / "log", "wb") as log:
+            self._server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(PING_S)
+        deadline = time.monotonic() + PING_S
+        while self._socket.connect_ex(str(folder / "s")) != 0:
+            if self._server.poll() is not None or time.monotonic() > deadline:
+                self.close()
+                raise RunFailed(f"redis-server did not start: {(folder / 'log').read_text()[-500:]}")
+            time.sleep(0.05)
+        self._answers = self._socket.makefile("rb")
+
+    def append(self, batches: Sequence[Batch]) -> None:
+        flying: deque[int] = deque()
+        for batch in batches:
+            if len(flying) == IN_FLIGHT:
+                self._landed(flying.popleft())
+            each = len(batch.images) // batch.rows.num_rows
+            for i, (name, ids, logprobs) in enumerate(_cells(batch.rows)):
+                fields = [b"trajectory", name.encode(), b"token_ids", ids, b"logprobs", logprobs]
+                for image in batch.images[i * each : (i + 1) * each]:
+                    fields += [b"image", image]
+                self._socket.sendall(_command([b"XADD", b"rows", b"*", *fields]))
+            flying.append(batch.rows.num_rows)
+        self._landed(sum(flying))
+
+    def close(self) -> None:
+        self._socket.close()
+        self._server.kill()
+        self._server.wait(PING_S)
+
+    def _landed(self, entries: int) -> None:
+        for _ in range(entries):
+            head = self._answers.readline()  # "$15\r\n", then the entry's id
+            if not head.startswith(b"$"):
+                raise RunFailed(f"redis-server answered {head!r} to XADD")
+            self._answers.read(int(head[1:]) + 2)
+
+
+def _command(parts: Sequence[bytes]) -> bytes:
+    """In Redis's protocol (RESP)."""
+    return b"".join([b"*%d\r\n" % len(parts), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)])
+
+
+def _cells(rows: pa.Table) -> Iterator[tuple[str, bytes, bytes]]:
+    """Trajectory, token ids and log-probs of each row."""
+    ids, logprobs = rows.column("token_ids"), rows.column("logprobs")
+    for i, name in enumerate(rows.column("trajectory").to_pylist()):
+        yield name, ids[i].values.to_numpy().tobytes(), logprobs[i].values.to_numpy().tobytes()

@@ -1,0 +1,124 @@
+"""`kill -9` of parts of a run and of the whole of it: the run goes on, or is taken up again, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from cluster.config import Config
+from replay.verify import verify
+from tests.integration.ray_head import ROOT
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+STEPS = 6
+#: Long enough to be killed in the middle, and otherwise as short as a whole run can be.
+SHORT = (
+    "prompts.heldout=null",
+    "tools={code: {}}",
+    f"learner.steps={STEPS}",
+    "learner.checkpoint_every=2",
+    "stall_s=120",
+)
+
+
+def test_a_run_outlives_its_store_and_an_engine_and_is_taken_up_after_its_own_death(
+    tiny: Callable[..., Config],
+) -> None:
+    run = _Run(tiny, "killed")
+    with run.started() as driver:
+        run.wait_for_steps(1, driver)
+        _kill(driver, "StoreActor")
+        run.wait_for_steps(2, driver)
+        [engine] = _named(driver, "EngineCore")
+        _kill(driver, "RolloutWorker")
+        _gone(engine)
+        run.wait_for_steps(4, driver)
+        everyone = driver.children(recursive=True)
+        driver.kill()
+        for process in everyone:
+            _gone(process)
+    run.finish()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_run_killed_at_any_time_loses_nothing(tiny: Callable[..., Config], seed: int) -> None:
+    rng, run = random.Random(seed), _Run(tiny, f"killed-{seed}")
+    with run.started() as driver:
+        time.sleep(rng.uniform(20, 70))
+        if victims := [p for p in driver.children(recursive=True) if p.is_running()]:
+            victim = rng.choice([driver, *victims])
+            victim.kill()
+            time.sleep(rng.uniform(0, 10))
+    run.finish()
+
+
+class _Run:
+    """A run of `llmi train` in processes of its own."""
+
+    def __init__(self, tiny: Callable[..., Config], name: str) -> None:
+        config = tiny(name, *SHORT)
+        self.folder = config.folder
+        self._file = self.folder.parent / f"{name}.yaml"
+        self._file.write_text(config.dump())
+
+    @contextmanager
+    def started(self, *options: str) -> Iterator[psutil.Process]:
+        with open(self._file.with_suffix(".log"), "a") as log:
+            command = [sys.executable, "-m", "cluster.cli", "train", str(self._file), *options]
+            driver = psutil.Process(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log).pid)
+        try:
+            yield driver
+        finally:
+            family = [driver, *driver.children(recursive=True)] if driver.is_running() else []
+            for process in family:
+                process.kill()
+            os.waitpid(driver.pid, 0)
+
+    def finish(self) -> None:
+        """Take it up until it is done, and look at what it says and left behind."""
+        options = ["--resume"] if (self.folder / "config.yaml").exists() else []
+        with self.started(*options) as driver:
+            status = driver.wait(timeout=400)
+        assert status == 0, self.log()
+        summary = json.loads((self.folder / "summary.json").read_text())
+        assert summary["steps"] == STEPS and summary["trajectories_lost"] == 0
+        assert summary["groups"]["ended"] == summary["groups"]["accepted"] == STEPS * 3
+        assert verify(self.folder / "replay").problems == []
+
+    def wait_for_steps(self, n: int, driver: psutil.Process) -> None:
+        metrics, deadline = self.folder / "metrics.jsonl", time.monotonic() + 300
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < n:
+            assert driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE, self.log()
+            assert time.monotonic() < deadline, f"no {n} steps in 300 s: {self.log()}"
+            time.sleep(0.2)
+
+    def log(self) -> str:
+        return self._file.with_suffix(".log").read_text()[-3000:]
+
+
+def _named(driver: psutil.Process, name: str) -> list[psutil.Process]:
+    return [p for p in driver.children(recursive=True) if name in " ".join(p.cmdline())]
+
+
+def _kill(driver: psutil.Process, name: str) -> None:
+    [process] = _named(driver, f"ray::{name}")
+    process.send_signal(signal.SIGKILL)
+
+
+def _gone(process: psutil.Process) -> None:
+    """Wait until a process has ended by itself."""
+    deadline = time.monotonic() + 60
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"{process} was left behind"
+        time.sleep(0.2)
