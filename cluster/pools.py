@@ -100,6 +100,7 @@ class Pools:
         self._incarnation, self._checkpoint = incarnation, checkpoint
         self._owned: list[str] = []
         self._all: list[Any] = []
+        self._shards: list[Any] = []
         self._stages: dict[str, list[Any]] = {}
 
     def start(self, stages: Sequence[str] = STAGES) -> None:
@@ -180,13 +181,16 @@ class Pools:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Close the store, end all actors, delete the servers this run owns; a second call does nothing."""
+        """End all actors, close the store last, delete the servers this run owns; a second call does nothing."""
         actors, self._all = self._all, []
-        if actors:
-            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # it may be what broke
-                self.store.now(self.store.close())
+        shards, self._shards = self._shards, []
         for actor in actors:
             ray.kill(actor)
+        if shards:
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # it may be what broke
+                self.store.now(self.store.close())
+        for shard in shards:
+            ray.kill(shard)
         owned, self._owned = self._owned, []
         for app in owned:
             serve.delete(app, _blocking=False)
@@ -201,6 +205,7 @@ class Pools:
             _actor(StoreActor, **actor_options(c.store)).remote(url)
             for url in make_shards(str(c.folder / "replay"), c.store.shards)
         ]
+        self._shards = shards
         self.store = StoreClient(shards)
         self.store.now(self.store.rewind(step), START_S)
         self.hub = _actor(WeightHub, **service).remote()
@@ -215,7 +220,7 @@ class Pools:
             steps=0 if c.train.only == "learn" else c.learner.steps,
             seed=c.seed,
         )
-        self._all = [*shards, self.hub, self.feeder]
+        self._all = [self.hub, self.feeder]
 
     def _first_version(self) -> list[Any]:
         """Load the learner ranks; the hub then has the version to start from."""

@@ -46,6 +46,7 @@ class Log:
         schema: of every batch.
         state: what the manifest knows; brought up to date here, for the store to commit.
         read_only: leave everything as it lies.
+        check: compare sealed segments with their checksums.
 
     Raises:
         StoreError: a segment is missing, cut short or damaged.
@@ -58,6 +59,7 @@ class Log:
         schema: pa.Schema,
         state: LogState,
         read_only: bool = False,
+        check: bool = True,
     ) -> None:
         self.name, self.schema, self.state, self._storage = name, schema, state, storage
         self._batches: dict[int, Callable[[], pa.RecordBatch]] = {}
@@ -73,6 +75,8 @@ class Log:
                     f"segment {storage.url}/{name}/{segment.file} {lies}, the manifest says {segment.bytes} bytes; "
                     "restore it from a copy"
                 )
+            if check:
+                self._check(segment)
             self._map(segment)
         newer = sorted(f for f in sizes if (m := _NUMBERED.fullmatch(f)) and int(m[1]) >= state.next)
         for file in newer:
@@ -121,7 +125,7 @@ class Log:
 
     def forget_sidecars(self) -> None:
         """Remove what only open segments need, once a manifest names their sealed form."""
-        for file in self._storage.files(self.name):
+        for file in self._storage.files(self.name) if isinstance(self._storage, LocalStorage) else ():
             if file.name.endswith(".crc") and int(file.name[:8]) < self.state.next:
                 self._storage.delete(f"{self.name}/{file.name}")
 
@@ -216,10 +220,30 @@ class Log:
             return
         file = self._open.path.name
         if ids := self._of[file]:
-            self._create(file[:-1], [self[i] for i in ids], ids)
+            batches = [self[i] for i in ids]
+            data = self._complete(file, batches)
+            self._adopt(Segment(file[:-1], self._open.rows, len(data), zlib.crc32(data), 0), ids)
         del self._of[file]
         self._open = None
         self._remove_open(file)
+
+    def _complete(self, file: str, batches: Sequence[pa.RecordBatch]) -> pa.Buffer:
+        """Make an open segment that nobody writes to a sealed one; returns its bytes. It grows where it lies, because
+        a full disk has no room for a copy.
+        """
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, self.schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+            end = sink.tell()
+        data = sink.getvalue()
+        there = self._storage.map(f"{self.name}/{file}")
+        same = len(there) >= end and there.slice(0, end).equals(data.slice(0, end))
+        if same and isinstance(self._storage, LocalStorage):
+            self._storage.finish(f"{self.name}/{file}", end, data.slice(end), f"{self.name}/{file[:-1]}")
+        else:
+            self._storage.create(f"{self.name}/{file[:-1]}", data)
+        return data
 
     def _create(self, file: str, batches: Sequence[pa.RecordBatch], ids: Sequence[int] = ()) -> None:
         data = _encoded(self.schema, batches)
@@ -229,6 +253,22 @@ class Log:
             raise taken_over(self._storage.url) from None
         ids = ids or range(self._next_id, self._next_id + len(batches))
         self._adopt(Segment(file, sum(b.num_rows for b in batches), len(data), zlib.crc32(data), 0), ids)
+
+    def _check(self, segment: Segment) -> None:
+        data, where = self._storage.map(f"{self.name}/{segment.file}"), f"{self.name}/{segment.file}"
+        if self.name != "blobs":
+            if zlib.crc32(data) != segment.crc32:
+                raise StoreError(
+                    f"segment {self._storage.url}/{where} is damaged: its checksum is wrong; restore it from a copy"
+                )
+            return
+        try:  # too much to read all of it, and a picture's name is its checksum; but no offset may lead astray
+            reader = pa.ipc.open_file(data)
+            for i in range(reader.num_record_batches):
+                reader.get_batch(i).cast(self.schema).validate(full=True)
+        except (pa.ArrowException, OSError) as error:
+            message = f"segment {self._storage.url}/{where} is damaged: {error}; restore it from a copy"
+            raise StoreError(message) from error
 
     def _small(self) -> list[Segment]:
         """The newest segments of a bucket, which were not merged yet; neighbours, because a merge keeps the order."""
@@ -292,8 +332,7 @@ class Log:
         if file.endswith("s"):
             batches = list(self._whole(file))
             if batches:
-                data = _encoded(self.schema, batches)
-                self._storage.create(f"{self.name}/{file[:-1]}", data)
+                self._complete(file, batches)
             self._remove_open(file)
             if not batches:
                 return

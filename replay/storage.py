@@ -116,6 +116,18 @@ class LocalStorage:
                 os.unlink(tmp)
             sync_folder(path.parent)
 
+    def finish(self, name: str, end: int, rest: pa.Buffer, final: str) -> None:
+        """Put other bytes behind the first `end` of a file, and give it its final name."""
+        path = self.root / name
+        with _explained(f"writing {path}"):
+            os.truncate(path, end)
+            with open(path, "ab") as f:
+                f.write(rest)
+                f.flush()
+                os.fsync(f.fileno())
+            os.rename(path, self.root / final)
+            sync_folder(path.parent)
+
     def map(self, name: str) -> pa.Buffer:
         return _mapped(self.root / name)
 

@@ -81,13 +81,15 @@ class Store:
                 return self._open()
         self._open()
 
-    def _open(self) -> None:
+    def _open(self, check: bool = True) -> None:
         found = manifest.read(self._storage)
         if found is None and self._read_only:
             raise StoreError(f"there is no replay store in {self._storage.url}")
         self._manifest = found or Manifest()
         states = {name: self._manifest.logs.setdefault(name, LogState()) for name in SCHEMAS}
-        self._logs = {n: Log(self._storage, n, schema, states[n], self._read_only) for n, schema in SCHEMAS.items()}
+        self._logs = {
+            n: Log(self._storage, n, schema, states[n], self._read_only, check) for n, schema in SCHEMAS.items()
+        }
         self._tokens = itertools.count(time.time_ns())  # never one of an earlier life's
         self._leases: dict[int, list[int]] = {}  # token -> numbers of what it still holds
         self._index = Index()
@@ -372,7 +374,9 @@ class Store:
         accepted = self._index.group_counts("train")["accepted"]
         gone = chosen(groups, accepted, self.bytes(), retention, time.time())
         draft = copy.deepcopy(self._manifest)  # if anything fails, the store goes on with what it has
-        logs = {name: Log(self._storage, name, schema, draft.logs[name]) for name, schema in SCHEMAS.items()}
+        logs = {
+            name: Log(self._storage, name, schema, draft.logs[name], check=False) for name, schema in SCHEMAS.items()
+        }
         if gone:
             self._note_collected(draft, gone)
             remove(logs, {self._index.names[i] for members in gone for i in members})
@@ -413,7 +417,7 @@ class Store:
         until = {t: float(self._index["until"][ids[0]]) for t, ids in self._leases.items()}
         claims = {n: int(self._index["claims"][i]) for n, i in self._index.ids.items() if self._index["claims"][i]}
         tokens = self._tokens
-        self._open()
+        self._open(check=False)
         self._tokens = tokens
         for name, n in claims.items():
             if name in self._index.ids:
