@@ -2,7 +2,7 @@
 
 Appends are durable, batch by batch, of rows that never repeat; the writers take turns within a round, so that the
 machine's other work hits all alike. Reads are of a store opened anew, without Ray, and of a Parquet file of the same
-rows. Redis is there where `redis-server` is.
+rows, both in the page cache. Redis is there where `redis-server` is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from replay.store import Store
 OVERRIDES = ()
 ROUNDS = 5
 TOKENS, IMAGES, IMAGE_BYTES = 1000, 2, 200_000  # of a row that is appended
-APPENDED, BATCH = 256, 64  # rows a round, and of them at once
+APPENDED, BATCH = 256, 16  # rows a round, and of them at once
 STORED, READ, ROW_GROUP = 6000, 200, 64  # rows of a 100 MB segment, of a random read, of a Parquet row group
 CLAIMED, CLAIM = 20_000, 64  # rows in all, and at once
 MANY, TABLE = 1_000_000, 50_000  # small rows of a store that is opened, and of the tables it is made of

@@ -30,6 +30,8 @@ from replay.storage import LocalStorage, Storage, StoreError, sync_folder, taken
 SEGMENT_BYTES = 64 << 20
 #: Sealed segments of a bucket's log that were not merged yet, at most.
 SMALL_SEGMENTS = 64
+#: Bytes that a segment is given in one write.
+_PIECE = 1 << 20
 _MAGIC = b"ARROW1\0\0"
 _NUMBERED = re.compile(r"(\d{8})\.(arrow|arrows)")
 _ZSTD = pa.ipc.IpcWriteOptions(compression="zstd")
@@ -457,10 +459,13 @@ class _Open:
     closed = False
 
     def write(self, data: bytes) -> int:
-        self._crc = zlib.crc32(data, self._crc)
-        self.size += len(data)
-        self._file.write(data)
-        return len(data)
+        whole = memoryview(data)
+        for start in range(0, len(whole), _PIECE):  # kernels take twice the time for one write of many megabytes
+            piece = whole[start : start + _PIECE]
+            self._crc = zlib.crc32(piece, self._crc)
+            self._file.write(piece)
+        self.size += len(whole)
+        return len(whole)
 
     def flush(self) -> None:
         self._file.flush()
