@@ -1,4 +1,4 @@
-"""The proof: the example learns with three seeds, within its time, and does not where rewards are dealt to strangers."""
+"""The proof: the example learns with three seeds, in time; rewards that are dealt to strangers teach nothing."""
 
 import json
 import subprocess

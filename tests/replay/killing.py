@@ -166,10 +166,11 @@ def die_at(n: int, after: bool) -> None:
             left[0] -= 1
             if not left[0] and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*args, **options)
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return call(*args, **options)
+            finally:
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return dying
 
