@@ -45,8 +45,8 @@ def tiny(runs: Path) -> Callable[..., Config]:
     return make
 
 
-@pytest.fixture(scope="session")
-def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
     """Ray on this machine for one module."""
     from cluster.pools import init_ray
 
