@@ -9,6 +9,7 @@ returned, that it is done. So one verb at most is in doubt: the store must be as
 from __future__ import annotations
 
 import copy
+import faulthandler
 import itertools
 import json
 import os
@@ -164,12 +165,13 @@ def die_at(n: int, after: bool) -> None:
     def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
         def dying(*args: Any, **options: Any) -> Any:
             left[0] -= 1
-            if not left[0] and not after:
+            last = left[0] <= 0
+            if last and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
                 return call(*args, **options)
             finally:
-                if not left[0]:
+                if last:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         return dying
@@ -179,6 +181,7 @@ def die_at(n: int, after: bool) -> None:
 
 
 def own_store(folder: Path, model: Model, tell: int, rng: random.Random, n: int, after: bool) -> None:
+    faulthandler.dump_traceback_later(60, exit=True)  # it should be dead long before
     if n:
         die_at(n, after)
     Worker(folder, model, tell, rng).run()
@@ -243,7 +246,7 @@ def kill_owners(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     while sum(deaths.values()) < kills:
         read, tell = os.pipe()
         by_itself = rng.random() < 0.6
-        n, after, own = rng.randint(1, 150), rng.random() < 0.5, random.Random(rng.random())
+        n, after, own = int(10 ** rng.uniform(0, 2.8)), rng.random() < 0.5, random.Random(rng.random())
         pid = forked(partial(own_store, folder, model, tell, own, n if by_itself else 0, after))
         os.close(tell)
         if not by_itself:
