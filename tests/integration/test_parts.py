@@ -11,9 +11,12 @@ from cluster.train import train
 from replay.verify import verify
 from replay.view import View
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
+pytestmark = pytest.mark.integration
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("local_ray")
 def test_a_saved_store_trains_a_policy_again_and_again_without_engines(tiny: Callable[..., Config]) -> None:
     filled = tiny("filled", "train.only=rollout", "store.shards=2")
     summary = train(filled)
