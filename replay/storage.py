@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import socket
 import tempfile
 import time
@@ -105,6 +104,7 @@ class LocalStorage:
             fd, tmp = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
             try:
                 with open(fd, "wb") as f:
+                    os.fchmod(fd, 0o644)  # other users may read
                     f.write(data)
                     f.flush()
                     os.fsync(fd)
@@ -296,10 +296,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def free_bytes(path: Path) -> int:
-    return shutil.disk_usage(path).free
 
 
 def _mapped(path: Path) -> pa.Buffer:

@@ -68,8 +68,10 @@ class Store:
         if not read_only:
             self._storage.lock()
         try:
-            self._open_for_reading() if read_only else self._open()
-            if not read_only:
+            if read_only:
+                self._open_for_reading()
+            else:
+                self._open()
                 self._commit()  # keeps an earlier owner that does not know yet from committing
         except BaseException:
             self._storage.unlock()
