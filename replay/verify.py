@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -87,7 +86,7 @@ class _Shard:
 
     def _sealed(self, name: str, file: str, crc32: int | None, rows: int | None) -> Iterator[pa.RecordBatch]:
         data = self._read(name, file)
-        if crc32 is not None and zlib.crc32(data) != crc32:
+        if crc32 is not None and crc32(data) != crc32:
             self._wrong(f"{name}/{file} is damaged: its bytes do not have the checksum of the manifest")
             return
         try:
