@@ -84,9 +84,9 @@ class _Shard:
             elif file.endswith(".arrows") and file[:-1] not in files:
                 yield from self._open(name, file, f"{file[:8]}.crc" in files)
 
-    def _sealed(self, name: str, file: str, crc32: int | None, rows: int | None) -> Iterator[pa.RecordBatch]:
+    def _sealed(self, name: str, file: str, checksum: int | None, rows: int | None) -> Iterator[pa.RecordBatch]:
         data = self._read(name, file)
-        if crc32 is not None and crc32(data) != crc32:
+        if checksum is not None and crc32(data) != checksum:
             self._wrong(f"{name}/{file} is damaged: its bytes do not have the checksum of the manifest")
             return
         try:
