@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
+from isal.isal_zlib import crc32
 
 from replay import manifest
 from replay.log import check_sums, parse_sums, stream_batches
