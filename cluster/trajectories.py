@@ -195,6 +195,10 @@ def _lines(fact: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         strict = "none" if fact["reward_strict"] is None else f"{fact['reward_strict']:.4g}"
         yield "reward", f"{fact['reward']:.4g} (strict {strict}), {'right' if fact['accurate'] else 'wrong'} tools"
         yield "parts", ", ".join(f"{name} {value:.4g}" for name, value in fact["components"].items())
+        spent = {"rendered": fact["rendered.seconds"], "scored": fact["scored.seconds"]}
+        yield "took", ", ".join(f"{s:.2f} s to be {what}" for what, s in spent.items() if s is not None)
+    if fact["status"] == Status.TRAINED:
+        yield "trained", f"in optimiser step {fact['step']}, advantage {fact['advantage']:+.3f}"
 
 
 def _pictured(picture: Mapping[str, Any]) -> str:

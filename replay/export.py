@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from replay.join import field
 from replay.record import SCHEMAS, STAGES, Blob, Status
 from replay.store import StoreError
 from replay.view import View
@@ -24,6 +25,7 @@ Chosen = Mapping[str, tuple[str, str]]
 BATCH = 100  # trajectories; a row group of the Parquet file, with its pictures
 #: Columns of all stages, joined. (`turn` is the place of one stage's row, not of the trajectory.)
 COLUMNS = list(dict.fromkeys(name for stage in STAGES for name in SCHEMAS[stage].names if name != "turn"))
+COLUMNS += ["rendered.seconds", "scored.seconds", "step", "advantage"]
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as Hugging Face datasets store an Image
 _COMPONENTS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))  # datasets know no maps
@@ -31,8 +33,8 @@ _FEATURES = {"huggingface": json.dumps({"info": {"features": {"images": [{"_type
 
 
 def _schema() -> pa.Schema:
-    fields = {name: SCHEMAS[stage].field(name) for stage in reversed(STAGES) for name in SCHEMAS[stage].names}
-    joined = [pa.field(name, _COMPONENTS) if name == "components" else fields[name] for name in COLUMNS]
+    fields = {name: field(name) for name in COLUMNS}
+    joined = [pa.field(n, _COMPONENTS if n == "components" else f.type) for n, f in fields.items()]
     ours = [pa.field("status", pa.string()), pa.field("reason", pa.string()), pa.field("images", pa.list_(_IMAGE))]
     return pa.schema(joined + ours, _FEATURES)
 

@@ -31,9 +31,9 @@ _FIELDS: dict[str, type] = {
     "claims": np.uint8,
     "token": np.int64,  # of the lease, 0 without one
     "until": np.float64,
-    **dict.fromkeys(STAGES, np.int64),  # place in the stage's log: batch << 32 | row, -1 before it is there
+    **dict.fromkeys((*STAGES, "ended"), np.int64),  # place in the log: batch << 32 | row, -1 before it is there
 }
-_EMPTY = {"version": -1, "step": -1} | dict.fromkeys(STAGES, -1)
+_EMPTY = {"version": -1, "step": -1, "ended": -1} | dict.fromkeys(STAGES, -1)
 
 
 class _Columns:
@@ -142,7 +142,7 @@ class Index:
             self._rows["version"][ids] = _oldest(rows.column("versions"))[counts]
         self._move(ids, np.full(len(ids), _CODE[stage], np.uint8))
 
-    def end(self, rows: pa.RecordBatch | pa.Table) -> None:
+    def end(self, rows: pa.RecordBatch | pa.Table, places: np.ndarray) -> None:
         """Rows of the log `ended`, requeues among them; the last row of a trajectory's attempt counts."""
         ids = self.numbers(rows.column("trajectory").to_pylist())
         status = np.array([_CODE[Status(s)] for s in rows.column("status").to_pylist()], np.uint8)
@@ -151,13 +151,13 @@ class Index:
         known = ids >= 0
         again = ids[requeued & known & (attempt == self._rows["attempt"][ids])]
         current = known & ~requeued & (attempt == self._rows["attempt"][ids])
-        self._rows["step"][ids[current]] = step[current]
+        self._rows["step"][ids[current]], self._rows["ended"][ids[current]] = step[current], places[current]
         self._move(ids[current], status[current])
         if len(again):
             self._rows["attempt"][again] += 1
             self._rows["version"][again] = -1
-            for stage in STAGES[1:]:
-                self._rows[stage][again] = -1
+            for log in (*STAGES[1:], "ended"):
+                self._rows[log][again] = -1
             self._move(again, np.full(len(again), _CODE[Status.PENDING], np.uint8))
 
     def attempts(self, rows: pa.RecordBatch | pa.Table) -> None:
@@ -170,16 +170,6 @@ class Index:
         """Trajectories -> their numbers, -1 for those unknown."""
         find = self.ids.get
         return np.fromiter((find(name, -1) for name in names), np.int64, len(names))
-
-    def forget(self, ids: Iterable[int]) -> None:
-        """Remove trajectories that have ended, whole groups only; their numbers are not used again."""
-        for i in ids:
-            self.ids.pop(self.names[i], None)
-            self._counts[self._rows["purpose"][i], self._rows["status"][i]] -= 1
-            group = self._rows["group"][i]
-            self.groups.pop(self.group_name(i), None)
-            self.members[group], self._of_group["purpose"][group] = [], -1
-            self.names[i] = ""
 
     # ---- leases ------------------------------------------------------------------------------------------------
 

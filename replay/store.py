@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +24,7 @@ import pyarrow.compute as pc
 
 from replay import manifest
 from replay.index import Index
+from replay.join import joined
 from replay.log import Log
 from replay.manifest import LogState, Manifest
 from replay.record import ENDS, MOVES, SCHEMAS, STAGES, TERMINAL, Blob, Status, staleness
@@ -35,8 +35,6 @@ __all__ = ["MAX_CLAIMS", "Claim", "Retention", "Store", "StoreError"]
 
 MAX_CLAIMS = 5  # a row that was claimed so often without a result takes its workers down: it is dropped
 _READ_TRIES = 3
-_KEYS = ("trajectory", "group", "attempt")
-_COLUMN_STAGE = {name: stage for stage in reversed(STAGES) for name in SCHEMAS[stage].names}
 
 
 @dataclass
@@ -145,7 +143,7 @@ class Store:
         Args:
             limit: most trajectories, or most groups if `by_group`.
             lease_s: seconds until the rows may be claimed again.
-            columns: to be joined into `Claim.rows`.
+            columns: to be joined into `Claim.rows`, as `get` names them.
             by_group: whole groups only. From `scored`: complete groups, of which the scored samples are leased.
             purpose: only rows of this purpose.
             version: the policy's version now; groups older than `max_staleness` versions are queued anew instead.
@@ -186,7 +184,7 @@ class Store:
         self._leases[token] = ids
         index.lease(ids, token, self._clock() + lease_s)
         names = [index.names[i] for i in ids]
-        return Claim(token, names, self._joined(ids, names, columns))
+        return Claim(token, names, joined(self._index, self._logs, ids, columns))
 
     def extend(self, token: int, lease_s: float) -> bool:
         """Prolong a lease; False if nothing of it is held any more."""
@@ -228,11 +226,12 @@ class Store:
         """Join columns of all stages, one row a trajectory in the order asked for.
 
         Rows of a stage that a trajectory has not reached are null. `trajectory`, `group` and `attempt` come always.
+        A column is that of the first stage that has one of its name; `STAGE.COLUMN` names any, of `ended` too.
 
         Raises:
             KeyError: there is no such trajectory.
         """
-        return self._joined([self._index.ids[t] for t in trajectories], trajectories, columns)
+        return joined(self._index, self._logs, [self._index.ids[t] for t in trajectories], columns)
 
     def blobs(self, names: Iterable[str]) -> dict[str, Blob]:
         """Pictures by SHA-256. Raises KeyError for one that was never put."""
@@ -456,7 +455,7 @@ class Store:
         if name == Status.PENDING:
             self._index.accept(batch, places)
         elif name == "ended":
-            self._index.end(batch)
+            self._index.end(batch, places)
         elif name == "blobs":
             self._blobs.update(zip(batch.column("sha256").to_pylist(), places.tolist(), strict=True))
         elif name == "cursors":
@@ -537,41 +536,6 @@ class Store:
         self._index["claims"][kept] += 1
         return kept
 
-    # ---- reading -----------------------------------------------------------------------------------------------
-
-    def _joined(self, ids: Sequence[int], names: Sequence[str], columns: Sequence[str]) -> pa.Table:
-        parts: dict[str, Any] = {
-            "trajectory": pa.array(names, pa.string()),
-            "group": pa.array([self._index.group_name(i) for i in ids], pa.string()),
-            "attempt": pa.array(self._index["attempt"][list(ids)], pa.int16()),
-        }
-        order = [*_KEYS, *(c for c in columns if c not in _KEYS)]
-        wanted: dict[str, list[str]] = {}
-        for column in order[len(_KEYS) :]:
-            wanted.setdefault(_stage_of(column), []).append(column)
-        for stage, of_stage in wanted.items():
-            parts |= self._gather(stage, of_stage, self._index[stage][list(ids)])
-        return pa.table({name: parts[name] for name in order})
-
-    def _gather(self, stage: str, columns: Sequence[str], places: np.ndarray) -> dict[str, Any]:
-        """Columns at `places` of a stage's log, in their order; null where a place is -1."""
-        schema = pa.schema([SCHEMAS[stage].field(c) for c in columns])
-        batches, order = [], []
-        for batch in np.unique(places >> 32):
-            at = np.nonzero(places >> 32 == batch)[0]
-            if batch < 0:
-                batches.append(pa.RecordBatch.from_pylist([dict.fromkeys(columns)] * len(at), schema))
-            else:
-                batches.append(_rows(self._logs[stage][int(batch)].select(columns), places[at] & 0xFFFFFFFF))
-            order.append(at)
-        table = pa.Table.from_batches(batches, schema)
-        if len(batches) > 1:
-            back = np.argsort(np.concatenate(order), kind="stable")
-            table = table.combine_chunks()
-            if not np.array_equal(back, np.arange(len(back))):
-                table = table.take(pa.array(back))
-        return {c: table.column(c) for c in columns}
-
 
 def blob_table(blobs: Iterable[Blob]) -> pa.Table:
     """Pictures as rows of `SCHEMAS["blobs"]`, with their hashes."""
@@ -580,16 +544,3 @@ def blob_table(blobs: Iterable[Blob]) -> pa.Table:
     return pa.table(
         [pa.array(c, f.type) for c, f in zip(columns, SCHEMAS["blobs"], strict=True)], schema=SCHEMAS["blobs"]
     )
-
-
-def _rows(batch: pa.RecordBatch, rows: np.ndarray) -> pa.RecordBatch:
-    """Rows of a batch; neighbours are a slice, without a copy."""
-    if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
-        return batch.slice(int(rows[0]), len(rows))
-    return batch.take(pa.array(rows, pa.int64()))
-
-
-def _stage_of(column: str) -> str:
-    if column not in _COLUMN_STAGE:
-        raise StoreError(f"no stage has a column {column!r}; there are {', '.join(sorted(_COLUMN_STAGE))}")
-    return _COLUMN_STAGE[column]

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,7 +77,8 @@ def test_parquet_holds_every_column_of_all_stages(view: View, tmp_path: Path) ->
     parquet(view, tmp_path / "out.parquet", select(view, "train"))
     rows = {r["trajectory"]: r for r in pq.read_table(tmp_path / "out.parquet").to_pylist()}
     joined = {name for stage in ("pending", "generated", "rendered", "scored") for name in SCHEMAS[stage].names}
-    assert set(rows["g0/0"]) == joined - {"turn"} | {"status", "reason", "images"}
+    ours = {"status", "reason", "images", "rendered.seconds", "scored.seconds", "step", "advantage"}
+    assert set(rows["g0/0"]) == joined - {"turn"} | ours
     assert rows["g1/1"]["logprobs"] == [-0.5, -1.0] and rows["g1/1"]["versions"] == [3, 4]
     assert rows["g1/1"]["components"] == [{"name": "rule", "value": 1.0}, {"name": "images", "value": 2.0}]
     assert rows["g0/2"]["reason"] == "broken" and rows["g0/2"]["text"] is None and rows["g0/2"]["calls"] is None
@@ -91,6 +93,14 @@ def test_parquet_keeps_given_and_made_pictures_as_hugging_face_images(view: View
     assert [image["bytes"] for image in first] == [GIVEN.data, GIVEN.data, MADE.data]
     assert first[2]["path"] == f"{MADE.sha256}.png"
     assert len(undone) == 2, "the given pictures are there before the answer is"
+
+
+def test_hugging_face_datasets_reads_the_parquet_and_decodes_its_pictures(view: View, tmp_path: Path) -> None:
+    parquet(view, tmp_path / "out.parquet", select(view, "train"))
+    rows = datasets.Dataset.from_parquet(str(tmp_path / "out.parquet"), cache_dir=str(tmp_path / "cache"))
+    first = next(row for row in rows if row["trajectory"] == "g0/0")
+    assert len(rows) == 9 and first["images"][2].getpixel((0, 0)) == (0, 0, 255)
+    assert first["token_ids"] and first["components"]
 
 
 def test_pandas_reads_the_parquet(view: View, tmp_path: Path) -> None:

@@ -206,6 +206,20 @@ def test_clear_forgets_everything(store: Store) -> None:
     assert reopen(store).counts() == {"pending": 2}
 
 
+def test_a_column_of_any_log_can_be_asked_for_by_its_full_name(store: Store) -> None:
+    store.put("pending", pending())
+    store.put("generated", row("generated", "g0/0", seconds=1.0))
+    store.put("rendered", row("rendered", "g0/0", seconds=2.0))
+    store.put("scored", row("scored", "g0/0", seconds=3.0))
+    got = claim(store, "scored", columns=["seconds"])
+    store.ack(got.token, {"g0/0": ("trained", "")}, step=7, advantages={"g0/0": -0.5})
+    asked = ["seconds", "rendered.seconds", "scored.seconds", "step", "ended.advantage"]
+    for each in (store, reopen(store)):
+        rows = each.get(["g0/0", "g0/1"], asked).to_pylist()
+        assert [rows[0][c] for c in asked] == [1.0, 2.0, 3.0, 7, -0.5]
+        assert [rows[1][c] for c in asked] == [None] * 5
+
+
 def test_an_unknown_column_is_refused_by_name(store: Store) -> None:
     store.put("pending", pending())
     with pytest.raises(StoreError, match="colour"):
