@@ -30,9 +30,29 @@ _TURN_S = 0.25
 _QUEUES = {"rollout": "pending", "render": "generated", "score": "rendered", "learn": "scored"}
 
 
+#: Rows and pictures of a put on their way to a shard.
+Load = tuple[pa.Buffer, pa.Table | None]
+
+
+def packed(rows: pa.Table, pictures: pa.Table) -> Load:
+    """One object for Ray. Rows go as an Arrow stream: Ray takes tables apart column by column, which is slow for many
+    small ones; the few columns of pictures are spared the copy.
+    """
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows)
+    return sink.getvalue(), pictures if len(pictures) else None
+
+
+def unpacked(load: Load) -> tuple[pa.Table, pa.Table | tuple[()]]:
+    rows, pictures = load
+    return pa.ipc.open_stream(rows).read_all(), () if pictures is None else pictures
+
+
 @ray.remote(max_restarts=-1, max_task_retries=-1)
 class StoreActor:
-    """One shard in one process. Every verb runs on the event loop, so verbs never interleave.
+    """One shard in one process. Every verb runs on the event loop, so verbs never interleave; only `put` writes in the
+    background, and others are answered meanwhile.
 
     Args:
         url: of the shard.
@@ -42,8 +62,10 @@ class StoreActor:
         self._store = Store(url)
         self._changed = asyncio.Condition()
 
-    async def put(self, stage: str, rows: pa.Table, blobs: pa.Table | Iterable[Blob] = ()) -> list[str]:
-        return await self._then_tell(self._store.put(stage, rows, blobs))
+    async def put(self, stage: str, load: Load) -> list[str]:
+        put = self._store.put_soon(stage, *unpacked(load))
+        await asyncio.wait([asyncio.wrap_future(put.written)])
+        return await self._then_tell(put.answers())
 
     async def claim(self, stage: str, *, wait_s: float = 0.0, **options: Any) -> Claim | None:
         """`Store.claim`; if there is nothing, wait up to `wait_s` seconds for it."""
@@ -116,12 +138,13 @@ class StoreClient:
         self._turn = 0
 
     async def put(self, stage: str, rows: pa.Table, blobs: Iterable[Blob] = ()) -> list[str]:
-        pictures = blob_table(blobs)  # hashed here: the shard's process is everyone's
+        # hashed here, because the shard's process is everyone's, and in a thread, because the worker goes on meanwhile
+        pictures = await asyncio.to_thread(blob_table, blobs)
         where = self._where(rows.column("trajectory").to_pylist())
         answers = np.empty(len(rows), object)
         for shard, at in where.items():
             part = rows if len(where) == 1 else rows.take(pa.array(at))
-            answers[at] = await self._shards[shard].put.remote(stage, part, pictures)
+            answers[at] = await self._shards[shard].put.remote(stage, packed(part, pictures))
         return list(answers)
 
     async def claim(self, stage: str, *, wait_s: float = 0.0, **options: Any) -> Claim | None:

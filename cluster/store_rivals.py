@@ -7,6 +7,7 @@ the pictures, as the store does, and SQLite and Redis keep token ids and log-pro
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import socket
@@ -14,19 +15,18 @@ import sqlite3
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 import ray
 
-from actors.store import StoreActor
+from actors.store import StoreActor, StoreClient
 from cluster.pools import PING_S, SERVICE, init_ray
 from cluster.servers import RunFailed, actor_options
 from replay.record import Blob
-from replay.store import blob_table
 
 IN_FLIGHT = 2  # batches on their way at once, as a worker has them
 
@@ -49,36 +49,34 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-def payload(images: list[bytes]) -> pa.Table:
-    """Pictures in the form in which a worker hands them to `Store.put`."""
-    return blob_table(Blob(image) for image in images)
-
-
 class ThroughStore:
-    """The store's actor. A row must have been accepted before it is appended."""
+    """The store's client and, in another process, its actor. A row must have been accepted before it is appended."""
 
     def __init__(self, folder: Path) -> None:
         init_ray()
-        self._store = StoreActor.options(**actor_options(SERVICE)).remote(str(folder))  # type: ignore[attr-defined]
+        self._actor = StoreActor.options(**actor_options(SERVICE)).remote(str(folder))  # type: ignore[attr-defined]
+        self._store = StoreClient([self._actor])
 
     def accept(self, pending: pa.Table) -> None:
-        self._landed(self._store.put.remote("pending", pending))
+        self._store.now(self._put("pending", pending, ()))
 
     def append(self, batches: Sequence[Batch]) -> None:
-        flying: deque[Any] = deque()
-        for batch in batches:
-            blobs = payload(batch.images)
-            if len(flying) == IN_FLIGHT:
-                self._landed(flying.popleft())
-            flying.append(self._store.put.remote("generated", batch.rows, blobs))
-        for put in flying:
-            self._landed(put)
+        self._store.now(self._append(batches), PING_S)
 
     def close(self) -> None:
-        ray.kill(self._store)  # what it wrote is of no use
+        ray.kill(self._actor)  # what it wrote is of no use
 
-    def _landed(self, put: Any) -> None:
-        stale = ray.get(put, timeout=PING_S).count("stale")
+    async def _append(self, batches: Sequence[Batch]) -> None:
+        waiting = iter(batches)
+
+        async def write() -> None:
+            for batch in waiting:
+                await self._put("generated", batch.rows, map(Blob, batch.images))
+
+        await asyncio.gather(*(write() for _ in range(IN_FLIGHT)))
+
+    async def _put(self, stage: str, rows: pa.Table, blobs: Iterable[Blob]) -> None:
+        stale = (await self._store.put(stage, rows, blobs)).count("stale")
         if stale:
             raise RunFailed(f"the store refused {stale} rows of a put; the benchmark must accept its rows first")
 

@@ -13,8 +13,9 @@ import contextlib
 import copy
 import itertools
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,10 @@ MAX_CLAIMS = 5  # a row that was claimed so often without a result takes its wor
 _READ_TRIES = 3
 
 
+_Moves = Set[tuple[str, Status]]
+_Done = tuple[str, int, pa.RecordBatch]  # log, id of the batch in it, batch
+
+
 @dataclass
 class Claim:
     """A lease on trajectories. `rows` has one row each, in the order claimed, with the columns asked for."""
@@ -46,8 +51,28 @@ class Claim:
     rows: pa.Table
 
 
+class Put:
+    """Rows on their way to disk.
+
+    Attributes:
+        written: done when they are durable, or could not be written.
+        moves: (trajectory, status) of its rows.
+    """
+
+    def __init__(
+        self, store: Store, written: Future[None], done: list[_Done], answers: list[str], moves: _Moves
+    ) -> None:
+        self.written, self.moves, self._done, self._answers, self._store = written, moves, done, answers, store
+
+    def answers(self) -> list[str]:
+        """What `Store.put` returns, or raises; waits for it. For the store's own thread."""
+        self._store._settle(self)
+        self.written.result()
+        return self._answers
+
+
 class Store:
-    """A store in a local folder or a bucket.
+    """A store in a local folder or a bucket. All verbs are called by one thread; another one writes to the logs.
 
     Args:
         url: a folder (made if missing), `file://...` or `s3://...`; locked while open.
@@ -63,6 +88,8 @@ class Store:
     ) -> None:
         self.root, self._clock, self._read_only = url, clock, read_only
         self._storage = storage(url, read_only)
+        self._writer = ThreadPoolExecutor(1, "replay-writer")
+        self._under_way: deque[Put] = deque()
         if not read_only:
             self._storage.lock()
         try:
@@ -96,6 +123,7 @@ class Store:
         self._blobs: dict[str, int] = {}  # SHA-256 -> batch << 32 | row
         self._cursors: dict[tuple[str, str], int] = {}
         self._replay()
+        self._stored = set(self._blobs)  # as the writer's thread knows it: also what is not in the index yet
 
     # ---- verbs -------------------------------------------------------------------------------------------------
 
@@ -113,17 +141,26 @@ class Store:
         Raises:
             StoreError: the disk or the service refused; none of the rows is kept.
         """
+        return self.put_soon(stage, rows, blobs).answers()
+
+    def put_soon(self, stage: str, rows: pa.Table, blobs: pa.Table | Iterable[Blob] = ()) -> Put:
+        """`put` in the background: the rows are written in the order of the calls, and count once they are durable.
+
+        A row whose trajectory has another one of the same stage under way is `stale`.
+        """
         status = Status(stage)
         names, attempts = rows.column("trajectory").to_pylist(), rows.column("attempt").to_pylist()
         first = {name: k for k, name in reversed(list(enumerate(names)))}
+        under_way = {(name, of) for put in self._under_way for name, of in put.moves}
         fresh = [
-            first[name] == k and self._may_move(name, attempt, status)
+            first[name] == k and (name, status) not in under_way and self._may_move(name, attempt, status)
             for k, (name, attempt) in enumerate(zip(names, attempts, strict=True))
         ]
-        self._put_blobs(blobs)
+        writes = [("blobs", blobs if isinstance(blobs, pa.Table) else blob_table(blobs))]
         if any(fresh):
-            self._append(stage, rows if all(fresh) else rows.filter(pa.array(fresh)))
-        return ["ok" if ok else "stale" for ok in fresh]
+            writes.append((stage, rows if all(fresh) else rows.filter(pa.array(fresh))))
+        moves = {(name, status) for name, ok in zip(names, fresh, strict=True) if ok}
+        return self._write(writes, ["ok" if ok else "stale" for ok in fresh], moves)
 
     def claim(
         self,
@@ -248,6 +285,7 @@ class Store:
 
     def clear(self) -> None:
         """Forget everything, on disk too."""
+        self._settle()
         for log in self._logs.values():
             log.seal()
         if not self._settled:
@@ -268,6 +306,7 @@ class Store:
             the trajectories, and the position behind them, for `advance`. The cursor does not move by itself:
             whoever dies before `advance` reads the same rows again.
         """
+        self._settle()
         log, at = self._logs[stage], self._cursors.get((consumer, stage), 0)
         out: list[str] = []
         for first, end, batches in log.spans():
@@ -284,6 +323,7 @@ class Store:
 
     def advance(self, consumer: str, stage: str, position: int) -> None:
         """Move a consumer's cursor to a position that `follow` gave, durably."""
+        self._settle()
         if not 0 <= position <= (end := self._logs[stage].rows):
             raise StoreError(f"consumer {consumer!r} cannot move to row {position} of {stage}, which has {end}")
         row = {"consumer": consumer, "stage": stage, "row": position}
@@ -352,6 +392,7 @@ class Store:
 
     def version(self) -> dict[str, int]:
         """Rows ever appended to each log: names a state of the store."""
+        self._settle()
         return {name: log.rows for name, log in self._logs.items()}
 
     def bytes(self) -> int:
@@ -364,6 +405,7 @@ class Store:
         Args:
             committed_step: what was trained after it may come back, and is not touched.
         """
+        self._settle()
         self._commit()  # so that nothing is swept which the newest manifest names
         for log in self._logs.values():
             log.sweep()  # what the last collection replaced
@@ -389,6 +431,8 @@ class Store:
 
     def close(self) -> None:
         if not self._read_only:
+            self._settle()
+            self._writer.shutdown()
             for log in self._logs.values():
                 log.seal()
             self._commit()
@@ -396,12 +440,38 @@ class Store:
 
     # ---- the logs ----------------------------------------------------------------------------------------------
 
+    def _write(self, writes: list[tuple[str, pa.Table]], answers: list[str], moves: _Moves) -> Put:
+        done: list[_Done] = []
+        put = Put(self, self._writer.submit(self._write_now, writes, done), done, answers, moves)
+        self._under_way.append(put)
+        return put
+
+    def _write_now(self, writes: Iterable[tuple[str, pa.Table]], done: list[_Done]) -> None:
+        """In the writer's thread: one append after the other, each durable before the next begins."""
+        for name, rows in writes:
+            if name == "blobs":
+                rows = self._new_blobs(rows)
+            if not rows.num_rows:
+                continue
+            log = self._logs[name]
+            if log.full:  # now and not after the append: if this fails, nothing was kept
+                log.seal()
+                self._commit()
+            done.append((name, *log.append(rows)))
+            if name == "blobs":
+                self._stored.update(rows.column("sha256").to_pylist())
+
+    def _settle(self, last: Put | None = None) -> None:
+        """Bring what was written into the index, in its order: up to one put, or all of it."""
+        while self._under_way and (last is None or last in self._under_way):
+            put = self._under_way[0]
+            wait([put.written])
+            self._under_way.popleft()
+            for name, i, batch in put._done:
+                self._take(name, i, batch)
+
     def _append(self, name: str, rows: pa.Table) -> None:
-        log = self._logs[name]
-        if log.full:  # now and not after the append: if this fails, nothing was kept
-            log.seal()
-            self._commit()
-        self._take(name, *log.append(rows))
+        self._write([(name, rows)], [], set()).answers()
 
     def _commit(self) -> None:
         self._manifest.commit(self._storage)
@@ -487,14 +557,11 @@ class Store:
     def _end(self, ids: Sequence[int], status: Status, reason: str) -> None:
         self._append_ends([(i, status, reason, -1, 0.0) for i in ids])
 
-    def _put_blobs(self, blobs: pa.Table | Iterable[Blob]) -> None:
-        if not isinstance(blobs, pa.Table):
-            blobs = blob_table(blobs)
+    def _new_blobs(self, blobs: pa.Table) -> pa.Table:
         names = blobs.column("sha256").to_pylist()
         first = {name: k for k, name in reversed(list(enumerate(names)))}
-        new = [k for k, name in enumerate(names) if name not in self._blobs and first[name] == k]
-        if new:
-            self._append("blobs", blobs if len(new) == len(names) else blobs.take(pa.array(new)))
+        new = [k for k, name in enumerate(names) if name not in self._stored and first[name] == k]
+        return blobs if len(new) == len(names) else blobs.take(pa.array(new, pa.int64()))
 
     # ---- leases and moves --------------------------------------------------------------------------------------
 
@@ -539,8 +606,9 @@ class Store:
 
 def blob_table(blobs: Iterable[Blob]) -> pa.Table:
     """Pictures as rows of `SCHEMAS["blobs"]`, with their hashes."""
-    rows = [(b.sha256, b.mime, b.data) for b in blobs]
-    columns = list(zip(*rows, strict=True)) if rows else [(), (), ()]
-    return pa.table(
-        [pa.array(c, f.type) for c, f in zip(columns, SCHEMAS["blobs"], strict=True)], schema=SCHEMAS["blobs"]
-    )
+    each = list(blobs)
+    names, mimes = (pa.array(c, pa.string()) for c in ([b.sha256 for b in each], [b.mime for b in each]))
+    ends = np.cumsum([0, *(len(b.data) for b in each)], dtype=np.int64)
+    whole = pa.py_buffer(b"".join(b.data for b in each))  # half the time of pa.array, which grows as it goes
+    data = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(each), [None, pa.py_buffer(ends), whole])
+    return pa.table([names, mimes, data], schema=SCHEMAS["blobs"])

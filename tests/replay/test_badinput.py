@@ -86,6 +86,21 @@ def test_a_full_disk_refuses_puts_and_loses_none(
     assert reopen(local).find("train") == [*kept, "last/0"]
 
 
+def test_a_put_that_fails_in_the_background_says_so_and_leaves_the_others_alone(local: Store, disk: Disk) -> None:
+    local.put("pending", pending("a", 3))
+    rows = [row("generated", f"a/{k}", versions=[1]) for k in range(3)]
+    disk.full = True
+    failing = local.put_soon("generated", rows[0])
+    with pytest.raises(StoreError, match="No space left"):
+        local.put("generated", rows[1])
+    disk.full = False
+    assert local.put("generated", rows[2]) == ["ok"]
+    with pytest.raises(StoreError, match="No space left"):
+        failing.answers()
+    assert local.put("generated", rows[0]) == local.put("generated", rows[1]) == ["ok"]
+    assert reopen(local).counts() == {"generated": 3}
+
+
 def test_what_other_logs_commit_does_not_pass_over_an_open_segment(
     local: Store, small_segments: None, tmp_path: Path
 ) -> None:

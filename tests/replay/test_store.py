@@ -230,3 +230,28 @@ def test_all_statuses_are_in_the_table_of_moves() -> None:
     from replay.record import MOVES
 
     assert set(MOVES) == set(Status)
+
+
+def test_of_two_puts_under_way_the_first_wins_and_rows_count_once_they_are_durable(store: Store) -> None:
+    store.put("pending", pending())
+    first = store.put_soon("generated", row("generated", "g0/0", text="first"))
+    second = store.put_soon("generated", row("generated", "g0/0", text="second"))
+    assert store.counts() == {"pending": 2}
+    assert (second.answers(), first.answers()) == (["stale"], ["ok"])
+    assert store.get(["g0/0"], ["text"])["text"].to_pylist() == ["first"]
+
+
+def test_other_verbs_wait_for_puts_under_way_where_they_must(store: Store) -> None:
+    store.put_soon("pending", pending("a"))
+    assert store.follow("watcher", "pending", 9) == (["a/0", "a/1"], 2)
+    store.put_soon("pending", pending("b"))
+    assert store.version()["pending"] == 4
+    store.put_soon("pending", pending("c"))
+    assert reopen(store).counts() == {"pending": 6}
+
+
+def test_a_picture_of_two_puts_under_way_is_stored_once(store: Store) -> None:
+    blob = Blob(b"x" * 100)
+    puts = [store.put_soon("pending", pending(g, 1, given=[blob.sha256]), [blob]) for g in "ab"]
+    assert [put.answers() for put in puts] == [["ok"], ["ok"]]
+    assert store.version()["blobs"] == 1 and store.blobs([blob.sha256]) == {blob.sha256: blob}
