@@ -47,8 +47,8 @@ class Feeder(StageWorker):
         steps: int,
         seed: int,
     ) -> None:
-        super().__init__()
-        self._store, self._hub, self._samples, self._seed = store, hub, samples, seed
+        super().__init__(store)
+        self._hub, self._samples, self._seed = hub, samples, seed
         self._prompts = prompts.load(source, "train", count, seed).prompts
         self._per_step, self._staleness, self._steps = prompts_per_step, max_staleness, steps
 

@@ -38,12 +38,11 @@ class Renderer(StageWorker):
     def __init__(
         self, store: Any, pool: str, tools: Mapping[str, float], specs: Mapping[str, ToolSpec], concurrency: int = 16
     ) -> None:
-        super().__init__()
-        self._store, self._specs = store, specs
+        super().__init__(store)
+        self._specs = specs
         self._tools = {name: ToolClient(pool, name, timeout_s) for name, timeout_s in tools.items()}
         self._slots = asyncio.Semaphore(concurrency)
         self._batch = concurrency
-        self._lease_s = 60.0 + 2 * sum(tools.values())
         self._outages: dict[str, int] = {}
 
     async def loop(self) -> None:
@@ -51,9 +50,7 @@ class Renderer(StageWorker):
             while True:
                 await self._slots.acquire()
                 self._slots.release()
-                claim = await self._store.claim(
-                    "generated", limit=self._batch, lease_s=self._lease_s, columns=COLUMNS, wait_s=5.0
-                )
+                claim = await self.claim("generated", limit=self._batch, columns=COLUMNS, wait_s=5.0)
                 if claim is None:
                     continue
                 rows = claim.rows.to_pylist()

@@ -35,7 +35,6 @@ class RolloutWorker(StageWorker):
         engine: vLLM's engine arguments.
         scratch: folder in shared memory for incoming weights.
         name: in rows and metrics.
-        lease_s: seconds after which someone else may claim what this worker holds.
     """
 
     stage = "rollout"
@@ -52,10 +51,9 @@ class RolloutWorker(StageWorker):
         engine: Mapping[str, Any],
         scratch: str,
         name: str,
-        lease_s: float = 300.0,
     ) -> None:
-        super().__init__()
-        self._store, self._hub, self._name, self._lease_s = store, hub, name, lease_s
+        super().__init__(store)
+        self._hub, self._name = hub, name
         self._model, self._sampling, self._system, self._options = model, dict(sampling), system, dict(engine)
         self._weights = Path(scratch) / f"{name}.safetensors"
         self._free, self._concurrency = concurrency, concurrency
@@ -88,14 +86,8 @@ class RolloutWorker(StageWorker):
             if self._free <= 0:
                 await asyncio.sleep(0.02)
                 continue
-            claim = await self._store.claim(
-                "pending",
-                limit=1,
-                by_group=True,
-                lease_s=self._lease_s,
-                columns=COLUMNS,
-                purpose=self._purpose,
-                wait_s=5.0,
+            claim = await self.claim(
+                "pending", limit=1, by_group=True, columns=COLUMNS, purpose=self._purpose, wait_s=5.0
             )
             if claim is not None:
                 self._start(claim)

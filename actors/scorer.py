@@ -38,17 +38,14 @@ class Scorer(StageWorker):
     def __init__(
         self, store: Any, pool: str, *, timeout_s: float, kind: str, multimodal: bool, batch: int = 16
     ) -> None:
-        super().__init__()
-        self._store, self._kind, self._multimodal, self._batch = store, kind, multimodal, batch
+        super().__init__(store)
+        self._kind, self._multimodal, self._batch = kind, multimodal, batch
         self._text = JudgeClient(pool, "text", timeout_s)
         self._image = JudgeClient(pool, "image", timeout_s)
-        self._lease_s = 30.0 + 2 * JUDGE_TRIES * timeout_s
 
     async def loop(self) -> None:
         while True:
-            claim = await self._store.claim(
-                "rendered", limit=self._batch, lease_s=self._lease_s, columns=COLUMNS, wait_s=5.0
-            )
+            claim = await self.claim("rendered", limit=self._batch, columns=COLUMNS, wait_s=5.0)
             if claim is not None:
                 rows = claim.rows.to_pylist()
                 self.begin(len(rows))

@@ -138,8 +138,7 @@ class StoreClient:
         self._turn = 0
 
     async def put(self, stage: str, rows: pa.Table, blobs: Iterable[Blob] = ()) -> list[str]:
-        # hashed here, because the shard's process is everyone's, and in a thread, because the worker goes on meanwhile
-        pictures = await asyncio.to_thread(blob_table, blobs)
+        pictures = blob_table(blobs)  # hashed here: the shard's process is everyone's
         where = self._where(rows.column("trajectory").to_pylist())
         answers = np.empty(len(rows), object)
         for shard, at in where.items():

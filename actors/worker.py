@@ -2,6 +2,8 @@
 
 The first ping starts the loop, so a worker that Ray restarted runs again as soon as the driver's watch finds it. A
 loop that ended in an error makes every later ping raise it: the driver then knows who failed and why.
+
+Leases are short, and prolonged for as long as their worker lives: what a dead one held is free again after `LEASE_S`.
 """
 
 from __future__ import annotations
@@ -14,10 +16,17 @@ from collections.abc import Callable
 from typing import Any
 
 from actors import metrics
+from replay.store import Claim
+
+#: Seconds after which what a dead worker had claimed can be claimed again.
+LEASE_S = 30.0
 
 
 class StageWorker:
     """Base of the rollout worker, renderer and scorer: async Ray actors.
+
+    Args:
+        store: handle.
 
     Attributes:
         stage: its name in metrics.
@@ -26,7 +35,9 @@ class StageWorker:
 
     stage = ""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._leases: set[int] = set()
         self.totals: dict[str, float] = defaultdict(float)
         self._started = time.monotonic()
         self._main: asyncio.Task[None] | None = None
@@ -45,7 +56,7 @@ class StageWorker:
         if self._main is None:
             await self.setup()
             self._started = time.monotonic()
-            self._main = asyncio.create_task(self.loop())
+            self._main = asyncio.create_task(self._live())
         if self._main.done():
             _raise_first(self._main.exception())
             raise RuntimeError(f"the loop of {self.stage} ended")
@@ -55,6 +66,25 @@ class StageWorker:
         """Run a function on this worker (what `FaultTolerantActorManager` asks of an actor)."""
         result = func(self, *args, **kwargs)
         return await result if inspect.isawaitable(result) else result
+
+    async def claim(self, stage: str, **options: Any) -> Claim | None:
+        """`claim` of the store, for as long as this worker lives."""
+        claim = await self._store.claim(stage, lease_s=LEASE_S, **options)
+        if claim is not None:
+            self._leases.add(claim.token)
+        return claim
+
+    async def _live(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_leases())
+            await self.loop()
+
+    async def _keep_leases(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_S / 3)
+            for token in list(self._leases):
+                if not await self._store.extend(token, LEASE_S):  # all of it was put, or is another's by now
+                    self._leases.discard(token)
 
     def begin(self, rows: int) -> None:
         """Rows were claimed."""
