@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +42,8 @@ def test_a_run_outlives_its_store_and_an_engine_and_is_taken_up_after_its_own_de
         _kill(driver, "RolloutWorker")
         _gone(engine)
         run.wait_for_steps(4, driver)
-        everyone = driver.children(recursive=True)
+        # Ray's own agents look for their node every few minutes only
+        everyone = [p for p in driver.children(recursive=True) if not p.name().endswith("Agent")]
         driver.kill()
         for process in everyone:
             _gone(process)
@@ -55,10 +54,9 @@ def test_ten_kills_at_any_time_of_any_process_lose_nothing(tiny: Callable[..., C
     rng, run = random.Random(0), _Run(tiny, "killed-often")
     for _ in range(10):
         with run.started(*run.resume()) as driver:
-            time.sleep(rng.uniform(10, 60))
-            victim = rng.choice([driver, *driver.children(recursive=True)]) if driver.is_running() else driver
+            time.sleep(rng.uniform(10, 120))
             with suppress(psutil.NoSuchProcess):
-                victim.kill()
+                rng.choice([driver, *driver.children(recursive=True)]).kill()
             time.sleep(rng.uniform(0, 10))
     run.finish()
 
@@ -73,17 +71,18 @@ class _Run:
         self._file.write_text(config.dump())
 
     @contextmanager
-    def started(self, *options: str) -> Iterator[psutil.Process]:
+    def started(self, *options: str) -> Iterator[psutil.Popen]:
         with open(self._file.with_suffix(".log"), "a") as log:
             command = [sys.executable, "-m", "cluster.cli", "train", str(self._file), *options]
-            driver = psutil.Process(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log).pid)
+            driver = psutil.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         try:
             yield driver
         finally:
-            family = [driver, *driver.children(recursive=True)] if driver.is_running() else []
-            for process in family:
-                process.kill()
-            os.waitpid(driver.pid, 0)
+            if driver.poll() is None:
+                for process in [driver, *driver.children(recursive=True)]:
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+            driver.wait(timeout=30)
 
     def finish(self) -> None:
         """Take it up until it is done, and look at what it says and left behind."""
@@ -98,10 +97,10 @@ class _Run:
     def resume(self) -> list[str]:
         return ["--resume"] if (self.folder / "config.yaml").exists() else []
 
-    def wait_for_steps(self, n: int, driver: psutil.Process) -> None:
+    def wait_for_steps(self, n: int, driver: psutil.Popen) -> None:
         metrics, deadline = self.folder / "metrics.jsonl", time.monotonic() + 300
         while not metrics.exists() or len(metrics.read_text().splitlines()) < n:
-            assert driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE, self.log()
+            assert driver.poll() is None, self.log()
             assert time.monotonic() < deadline, f"no {n} steps in 300 s: {self.log()}"
             time.sleep(0.2)
 
@@ -109,11 +108,11 @@ class _Run:
         return self._file.with_suffix(".log").read_text()[-3000:]
 
 
-def _named(driver: psutil.Process, name: str) -> list[psutil.Process]:
+def _named(driver: psutil.Popen, name: str) -> list[psutil.Process]:
     return [p for p in driver.children(recursive=True) if name in " ".join(p.cmdline())]
 
 
-def _kill(driver: psutil.Process, name: str) -> None:
+def _kill(driver: psutil.Popen, name: str) -> None:
     [process] = _named(driver, f"ray::{name}")
     process.send_signal(signal.SIGKILL)
 
