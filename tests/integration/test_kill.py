@@ -19,21 +19,14 @@ from tests.integration.ray_head import ROOT
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-STEPS = 8
-#: Long enough to be killed in the middle, and otherwise as short as a whole run can be.
-SHORT = (
-    "prompts.heldout=null",
-    "tools={code: {}}",
-    f"learner.steps={STEPS}",
-    "learner.checkpoint_every=2",
-    "stall_s=120",
-)
+#: As short as a whole run can be, but for its steps.
+SHORT = ("prompts.heldout=null", "tools={code: {}}", "learner.checkpoint_every=2", "stall_s=120")
 
 
 def test_a_run_outlives_its_store_and_an_engine_and_is_taken_up_after_its_own_death(
     tiny: Callable[..., Config],
 ) -> None:
-    run = _Run(tiny, "killed")
+    run = _Run(tiny, "killed", steps=8)
     with run.started() as driver:
         run.wait_for_steps(1, driver)
         _kill(driver, "StoreActor")
@@ -51,7 +44,7 @@ def test_a_run_outlives_its_store_and_an_engine_and_is_taken_up_after_its_own_de
 
 
 def test_ten_kills_at_any_time_of_any_process_lose_nothing(tiny: Callable[..., Config]) -> None:
-    rng, run = random.Random(0), _Run(tiny, "killed-often")
+    rng, run = random.Random(0), _Run(tiny, "killed-often", steps=50)  # more than ten lives of two minutes can do
     for _ in range(10):
         with run.started(*run.resume()) as driver:
             time.sleep(rng.uniform(10, 120))
@@ -64,8 +57,9 @@ def test_ten_kills_at_any_time_of_any_process_lose_nothing(tiny: Callable[..., C
 class _Run:
     """A run of `llmi train` in processes of its own."""
 
-    def __init__(self, tiny: Callable[..., Config], name: str) -> None:
-        config = tiny(name, *SHORT)
+    def __init__(self, tiny: Callable[..., Config], name: str, steps: int) -> None:
+        config = tiny(name, *SHORT, f"learner.steps={steps}")
+        self._steps = steps
         self.folder = config.folder
         self._file = self.folder.parent / f"{name}.yaml"
         self._file.write_text(config.dump())
@@ -87,11 +81,11 @@ class _Run:
     def finish(self) -> None:
         """Take it up until it is done, and look at what it says and left behind."""
         with self.started(*self.resume()) as driver:
-            status = driver.wait(timeout=400)
+            status = driver.wait(timeout=900)
         assert status == 0, self.log()
         summary = json.loads((self.folder / "summary.json").read_text())
-        assert summary["steps"] == STEPS and summary["trajectories_lost"] == 0
-        assert summary["groups"]["ended"] == summary["groups"]["accepted"] == STEPS * 3
+        assert summary["steps"] == self._steps and summary["trajectories_lost"] == 0
+        assert summary["groups"]["ended"] == summary["groups"]["accepted"] == self._steps * 3
         assert verify(self.folder / "replay").problems == []
 
     def resume(self) -> list[str]:
