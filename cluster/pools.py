@@ -51,14 +51,23 @@ _RECIPE = (
 
 
 def init_ray() -> bool:
-    """Join the cluster that RAY_ADDRESS names (as in a submitted job), or start Ray here; True if it was started."""
+    """Join the cluster that RAY_ADDRESS names (as in a submitted job), or start Ray here; True if it was started.
+
+    Ray and Serve then speak on the terminal only of what is wrong.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if ray.is_initialized():
         return False
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level="WARNING")
         return False
-    ray.init(address="local", include_dashboard=False, object_store_memory=1 << 30, log_to_driver=False)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=1 << 30,
+        log_to_driver=False,
+        logging_level="WARNING",
+    )
     return True
 
 

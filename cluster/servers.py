@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ray import serve
@@ -29,6 +30,7 @@ class RunFailed(RuntimeError):
 def deploy(config: Config, pool: str) -> list[str]:
     """Start the tool and judge servers of a config as Serve applications; returns their names."""
     serve.start(proxy_location="Disabled", http_options={"host": "127.0.0.1"})
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     targets = [
         serve.RunTarget(_deployment(ToolServer, p).bind(name, p.options), name=tool_app(pool, name), route_prefix=None)
         for name, p in config.tools.items()
