@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import ray
 
 from actors.serving import Outage, ToolClient
 from actors.worker import StageWorker
-from agent.render import CallOutcome, Made, render
+from agent.render import Made, render
 from agent.spec import ToolSpec
 from replay.record import SCHEMAS, Blob
 
@@ -73,7 +72,7 @@ class Renderer(StageWorker):
             key = {k: row[k] for k in ("trajectory", "group", "attempt")} | {"turn": 0}
             seconds = time.monotonic() - started
             table = pa.Table.from_pylist(
-                [key | {"calls": [_call_row(c) for c in calls], "finished": True, "seconds": seconds}],
+                [key | {"calls": [c.row() for c in calls], "finished": True, "seconds": seconds}],
                 SCHEMAS["rendered"],
             )
             await self._store.put("rendered", table, made)
@@ -95,28 +94,3 @@ class Renderer(StageWorker):
             await self._store.ack(token, {name: ("dropped_data", f"{outage} ({MAX_OUTAGES} times)")})
             self.failed("data")
         self.end(1)
-
-
-def _call_row(call: CallOutcome) -> dict[str, Any]:
-    return {
-        "source": call.source,
-        "description": call.description,
-        "params": json.dumps(dict(call.params), ensure_ascii=False),
-        "start": call.start,
-        "end": call.end,
-        "status": call.status,
-        "reason": call.reason,
-        "images": list(call.images),
-        "provenance": json.dumps(dict(call.provenance), ensure_ascii=False, default=str),
-        "seconds": call.seconds,
-    }
-
-
-def call_from_row(row: Mapping[str, Any]) -> CallOutcome:
-    """The inverse: a `CallOutcome` from a row of `replay.record.CALL`."""
-    parsed = {
-        "params": json.loads(row["params"]),
-        "provenance": json.loads(row["provenance"]),
-        "images": tuple(row["images"]),
-    }
-    return CallOutcome(**(dict(row) | parsed))

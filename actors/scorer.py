@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from actors.renderer import call_from_row
 from actors.serving import JudgeClient, Outage
 from actors.worker import StageWorker
+from agent.render import CallOutcome
 from replay.record import SCHEMAS
 from rewards.base import JudgeFailed, Rendered, Verdict
 from rewards.hybrid import score
@@ -83,7 +83,7 @@ class Scorer(StageWorker):
         self.end(len(rows), seconds)
 
     async def _documents(self, rows: list[dict[str, Any]]) -> list[Rendered]:
-        calls = [[call_from_row(c) for c in row["calls"]] for row in rows]
+        calls = [[CallOutcome.of_row(c) for c in row["calls"]] for row in rows]
         names = {
             s for row, cs in zip(rows, calls, strict=True) for s in [*row["given"], *(i for c in cs for i in c.images)]
         }

@@ -6,6 +6,7 @@ How a call is run is handed in, so that a Serve handle, a thread or a test can d
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,20 @@ class CallOutcome:
     images: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        """As the store keeps it: mappings are JSON there."""
+        plain = vars(self) | {"images": list(self.images)}
+        texts = {key: json.dumps(dict(plain[key]), ensure_ascii=False, default=str) for key in _MAPPINGS}
+        return plain | texts
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> CallOutcome:
+        """The inverse of `row`."""
+        return cls(**dict(row) | {key: json.loads(row[key]) for key in _MAPPINGS} | {"images": tuple(row["images"])})
+
+
+_MAPPINGS = ("params", "provenance")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 import jinja2
 
-from actors.renderer import call_from_row
 from agent.document import render_html
+from agent.render import CallOutcome
 from cluster.run_folder import RunFolder
 from cluster.run_folder import write as write_file
 from evals.heldout import COLUMNS, class_of
@@ -87,7 +87,7 @@ def _rows(store: View, purpose: str) -> list[dict[str, Any]]:
 
 
 def _document(store: View, row: dict[str, Any]) -> dict[str, Any]:
-    calls = [call_from_row(c) for c in row["calls"]]
+    calls = [CallOutcome.of_row(c) for c in row["calls"]]
     blobs = store.blobs({*row["given"], *(i for c in calls for i in c.images)})
     html = render_html(row["text"], calls, blobs, [blobs[s] for s in row["given"]])
     return {"html": html, "right": row["accurate"], "reward": row["reward_strict"]}

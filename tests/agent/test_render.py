@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from agent.protocol import format_call
-from agent.render import Made, render
-from replay.record import Blob
+from agent.render import CallOutcome, Made, render
+from replay.record import CALL, Blob
 
 
 async def fake(tool: str, params: Mapping[str, Any], images: Sequence[Blob]) -> Made:
@@ -86,3 +86,11 @@ def test_an_infrastructure_failure_ends_the_rendering() -> None:
 
     with pytest.raises(ConnectionError):
         run(search("a") + edit(0), call=down)
+
+
+def test_an_outcome_survives_the_form_in_which_the_store_keeps_it() -> None:
+    call = CallOutcome(
+        "code", "Ein Säulendiagramm", {"code": "plot()"}, 3, 40, "ok", "", ("ab",), {"licence": "MIT"}, 0.5
+    )
+    assert CallOutcome.of_row(call.row()) == call
+    assert set(call.row()) == {field.name for field in CALL}
