@@ -59,7 +59,7 @@ class StoreActor:
     """
 
     def __init__(self, url: str) -> None:
-        self._store = Store(url)
+        self._store = Store(url, patient=True)  # it may follow one that died on another node
         self._changed = asyncio.Condition()
 
     async def put(self, stage: str, load: Load) -> list[str]:

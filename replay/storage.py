@@ -1,12 +1,13 @@
 """Where a store's files lie: a local folder, or a bucket behind the S3 protocol.
 
 Both keep the same promise: a file that was made with `create` is there whole or not at all, and of two who make the
-same name the second is refused. Nothing else is asked of them; only a local folder can also grow a file.
+same name the second is refused. `replace` asks for the first half only. Only a local folder can also grow a file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,6 +16,7 @@ import secrets
 import socket
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +25,10 @@ import pyarrow as pa
 
 class StoreError(RuntimeError):
     """The store cannot be opened, read or written as asked; the message says what to do."""
+
+
+class Locked(StoreError):
+    """Another one writes to the store."""
 
 
 class File(NamedTuple):
@@ -39,12 +45,20 @@ class Storage(Protocol):
     """
 
     url: str
+    #: Seconds after which the lock of an owner that died can be had, at the latest.
+    PATIENCE_S: float
+
+    def check(self) -> None:
+        """StoreError if nothing could be written here: no such bucket, no credentials, a read-only folder."""
 
     def files(self, folder: str) -> list[File]:
         """Sorted by name; empty if there is no such folder."""
 
     def create(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a whole file, durably. FileExistsError if the name is taken (by other bytes)."""
+
+    def replace(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Write a whole file, durably, over what was there."""
 
     def map(self, name: str) -> pa.Buffer:
         """The bytes of a file, memory-mapped. They stay readable when the file is deleted."""
@@ -53,7 +67,7 @@ class Storage(Protocol):
         """Remove a file, if it is there."""
 
     def lock(self) -> None:
-        """Become the only writer, or raise StoreError with the name of the other one."""
+        """Become the only writer, or raise Locked with the name of the other one."""
 
     def unlock(self) -> None:
         """Let another one write."""
@@ -66,9 +80,13 @@ def storage(url: str | Path, read_only: bool = False) -> Storage:
         StoreError: no such place (`read_only`), or it cannot be made or reached.
     """
     text = str(url)
-    if text.startswith("s3://"):
+    if in_bucket(text):
         return S3Storage(text.rstrip("/"))
     return LocalStorage(Path(text.removeprefix("file://")).expanduser().absolute(), read_only)
+
+
+def in_bucket(url: str) -> bool:
+    return url.startswith("s3://")
 
 
 def me() -> str:
@@ -76,19 +94,48 @@ def me() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
+def lock(place: Storage, tell: Callable[[str], None] = lambda text: None) -> None:
+    """`place.lock()`, with patience: an owner that died a moment ago does not hold it for long.
+
+    Args:
+        tell: hears once what is waited for.
+
+    Raises:
+        Locked: its owner lives.
+    """
+    deadline, told = time.monotonic() + place.PATIENCE_S, False
+    while True:
+        try:
+            return place.lock()
+        except Locked as error:
+            if time.monotonic() > deadline:
+                raise
+            if not told:
+                tell(f"waiting {place.PATIENCE_S:g} s: {error}")
+                told = True
+        time.sleep(0.5)
+
+
 class LocalStorage:
     """A folder. Only one process at a time may write; any may read."""
+
+    PATIENCE_S = 10.0
 
     def __init__(self, root: Path, read_only: bool = False) -> None:
         self.root, self.url = root, str(root)
         self._lock: int | None = None
         if read_only:
             return
-        with _explained(f"the store {root}"):
+        with explained(f"the store {root}"):
             root.mkdir(parents=True, exist_ok=True)
 
+    def check(self) -> None:
+        there = next(p for p in (self.root, *self.root.parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise StoreError(f"{self.root} cannot be written: {there} is no folder that takes files; choose another")
+
     def files(self, folder: str) -> list[File]:
-        with _explained(f"the store {self.root}"):
+        with explained(f"the store {self.root}"):
             found = []
             with contextlib.suppress(FileNotFoundError):
                 for entry in os.scandir(self.root / folder):
@@ -99,27 +146,22 @@ class LocalStorage:
 
     def create(self, name: str, data: bytes | pa.Buffer) -> None:
         path = self.root / name
-        with _explained(f"writing {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd, tmp = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+        with explained(f"writing {path}"), _written_beside(path, data) as tmp:
             try:
-                with open(fd, "wb") as f:
-                    os.fchmod(fd, 0o644)  # other users may read
-                    f.write(data)
-                    f.flush()
-                    os.fsync(fd)
                 os.link(tmp, path)  # unlike a rename, it is refused where the name is taken
             except FileExistsError:
                 if path.read_bytes() != bytes(memoryview(data)):
                     raise
-            finally:
-                os.unlink(tmp)
-            sync_folder(path.parent)
+
+    def replace(self, name: str, data: bytes | pa.Buffer) -> None:
+        path = self.root / name
+        with explained(f"writing {path}"), _written_beside(path, data) as tmp:
+            os.rename(tmp, path)
 
     def finish(self, name: str, end: int, rest: pa.Buffer, final: str) -> None:
         """Put other bytes behind the first `end` of a file, and give it its final name."""
         path = self.root / name
-        with _explained(f"writing {path}"):
+        with explained(f"writing {path}"):
             os.truncate(path, end)
             with open(path, "ab") as f:
                 f.write(rest)
@@ -132,11 +174,11 @@ class LocalStorage:
         return _mapped(self.root / name)
 
     def delete(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), _explained(f"deleting {self.root / name}"):
+        with contextlib.suppress(FileNotFoundError), explained(f"deleting {self.root / name}"):
             (self.root / name).unlink()
 
     def lock(self) -> None:
-        with _explained(f"the store {self.root}"):
+        with explained(f"the store {self.root}"):
             fd = os.open(self.root / "LOCK", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,7 +187,7 @@ class LocalStorage:
             os.close(fd)
             raise _taken(self.url, owner) from None
         self._lock = fd
-        with _explained(f"the store {self.root}"):
+        with explained(f"the store {self.root}"):
             os.ftruncate(fd, 0)
             os.write(fd, me().encode())
             for left in self.root.glob("*/*.tmp"):  # of a life that was killed
@@ -166,6 +208,7 @@ class S3Storage:
     """
 
     LOCK_S = 60.0
+    PATIENCE_S = LOCK_S + 15.0
     CACHE_BYTES = 8 << 30
     #: How often and how long a call is tried, all in all about a minute. (s3fs tries again what these gave up.)
     _CALLS: dict[str, Any] = {
@@ -176,12 +219,7 @@ class S3Storage:
     _TRIES = 2
 
     def __init__(self, url: str) -> None:
-        import s3fs
-
-        self.url, self._root = url, url.removeprefix("s3://")
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        self._fs = s3fs.S3FileSystem(endpoint_url=endpoint, use_listings_cache=False, config_kwargs=self._CALLS)
-        self._fs.retries = self._TRIES
+        self.url, self._root, self._fs = url, url.removeprefix("s3://"), self.service()
         self._cache = Path(tempfile.gettempdir()) / f"llmi-cache-{os.getuid()}"
         self._cache.mkdir(mode=0o700, exist_ok=True)
         self._renewed = 0.0
@@ -190,8 +228,26 @@ class S3Storage:
         owner = {"name": me(), "host": socket.gethostname(), "pid": os.getpid(), "nonce": secrets.token_hex(8)}
         self._claim = json.dumps(owner).encode()
 
+    @classmethod
+    def service(cls) -> Any:
+        """The service, as a fsspec file system."""
+        import s3fs
+
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        fs = s3fs.S3FileSystem(endpoint_url=endpoint, use_listings_cache=False, config_kwargs=cls._CALLS)
+        fs.retries = cls._TRIES
+        return fs
+
+    def check(self) -> None:
+        bucket, _, prefix = self._root.partition("/")
+        with explained(f"reaching {self.url}"):
+            try:
+                self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+            except FileNotFoundError:
+                raise _no_bucket(self._root) from None
+
     def files(self, folder: str) -> list[File]:
-        with _explained(f"listing {self.url}/{folder}"):
+        with explained(f"listing {self.url}/{folder}"):
             try:
                 found = self._fs.ls(f"{self._root}/{folder}", detail=True, refresh=True)
             except FileNotFoundError:
@@ -201,7 +257,7 @@ class S3Storage:
     def create(self, name: str, data: bytes | pa.Buffer) -> None:
         self._renew()
         path, whole = f"{self._root}/{name}", data.to_pybytes() if isinstance(data, pa.Buffer) else data
-        with _explained(f"writing {self.url}/{name}"):
+        with explained(f"writing {self.url}/{name}"):
             try:
                 self._create(path, whole)
             except FileExistsError:
@@ -223,9 +279,13 @@ class S3Storage:
             self._fs.rm_file(path)  # of a call that we reported as failed
             self._fs.pipe_file(path, whole, mode="create")
 
+    def replace(self, name: str, data: bytes | pa.Buffer) -> None:
+        with explained(f"writing {self.url}/{name}", passing=()):
+            self._fs.pipe_file(f"{self._root}/{name}", bytes(memoryview(data)))
+
     def map(self, name: str) -> pa.Buffer:
         path = f"{self._root}/{name}"
-        with _explained(f"reading {self.url}/{name}", passing=()):
+        with explained(f"reading {self.url}/{name}", passing=()):
             info = self._fs.info(path, refresh=True)
             key = hashlib.sha256(f"{self._fs.endpoint_url} {path} {info['ETag']}".encode()).hexdigest()
             cached = self._cache / key
@@ -238,15 +298,15 @@ class S3Storage:
         return _mapped(cached)
 
     def delete(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), _explained(f"deleting {self.url}/{name}"):
+        with contextlib.suppress(FileNotFoundError), explained(f"deleting {self.url}/{name}"):
             self._fs.rm_file(f"{self._root}/{name}")
 
     def lock(self) -> None:
-        with _explained(f"locking {self.url}"):
+        with explained(f"locking {self.url}"):
             try:
                 self._create(f"{self._root}/LOCK", self._claim)
             except FileNotFoundError:
-                raise StoreError(f"there is no bucket {self._root.partition('/')[0]}; make it first") from None
+                raise _no_bucket(self._root) from None
             except FileExistsError:
                 owner, age = self._owner(), self._modified("NOW") - self._modified("LOCK")
                 if age < self.LOCK_S and not _gone(owner):
@@ -272,7 +332,7 @@ class S3Storage:
 
     def _renew(self) -> None:
         if self._held and time.monotonic() - self._renewed > self.LOCK_S / 4:
-            with _explained(f"locking {self.url}", passing=()):
+            with explained(f"locking {self.url}", passing=()):
                 if self._fs.cat_file(f"{self._root}/LOCK") != self._claim:
                     raise _taken(self.url, self._owner()["name"])
                 self._fs.pipe_file(f"{self._root}/LOCK", self._claim)
@@ -298,6 +358,23 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def _written_beside(path: Path, data: bytes | pa.Buffer) -> Iterator[str]:
+    """A durable file with these bytes in the folder of `path`; after the block the folder is durable and it is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, tmp = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+    try:
+        with open(fd, "wb") as f:
+            os.fchmod(fd, 0o644)  # other users may read
+            f.write(data)
+            f.flush()
+            os.fsync(fd)
+        yield tmp
+    finally:
+        Path(tmp).unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 def _mapped(path: Path) -> pa.Buffer:
     try:
         if path.stat().st_size == 0:
@@ -311,8 +388,12 @@ def taken_over(url: str) -> StoreError:
     return StoreError(f"the store {url} was taken over by another writer; this one stops")
 
 
-def _taken(url: str, owner: str) -> StoreError:
-    return StoreError(f"the store {url} is open in {owner}; stop it first, or use another folder")
+def _no_bucket(root: str) -> StoreError:
+    return StoreError(f"there is no bucket {root.partition('/')[0]}; make it first")
+
+
+def _taken(url: str, owner: str) -> Locked:
+    return Locked(f"the store {url} is open in {owner}; stop it first, or use another folder")
 
 
 def _gone(owner: dict[str, Any]) -> bool:
@@ -327,8 +408,20 @@ def _gone(owner: dict[str, Any]) -> bool:
     return False
 
 
+_NO_CREDENTIALS = "; give credentials the way AWS's tools take them: environment, profile or role"
+_NO_ANSWER = "; check the network, and AWS_ENDPOINT_URL"
+#: What to do, by the name of an error's class: the classes are botocore's, which only a bucket needs.
+_HINTS = {
+    "NoCredentialsError": _NO_CREDENTIALS,
+    "PartialCredentialsError": _NO_CREDENTIALS,
+    "PermissionError": "; look at what you, or your credentials, may do there",
+    "EndpointConnectionError": _NO_ANSWER,
+    "ConnectTimeoutError": _NO_ANSWER,
+}
+
+
 @contextlib.contextmanager
-def _explained(what: str, passing: tuple[type[Exception], ...] = (FileExistsError, FileNotFoundError)) -> Any:
+def explained(what: str, passing: tuple[type[Exception], ...] = (FileExistsError, FileNotFoundError)) -> Iterator[None]:
     """Turns what a disk or a service says into one sentence; what is `passing` is for the caller."""
     try:
         yield
@@ -337,5 +430,6 @@ def _explained(what: str, passing: tuple[type[Exception], ...] = (FileExistsErro
     except passing:
         raise
     except Exception as error:
-        hint = "; free some space, then resume" if getattr(error, "errno", None) == 28 else ""
-        raise StoreError(f"{what} failed: {type(error).__name__}: {error}{hint}") from error
+        kind, full = type(error).__name__, getattr(error, "errno", None) == errno.ENOSPC
+        hint = "; free some space, then resume" if full else _HINTS.get(kind, "")
+        raise StoreError(f"{what} failed: {kind}: {error}{hint}") from error

@@ -30,7 +30,7 @@ from replay.log import Log
 from replay.manifest import LogState, Manifest
 from replay.record import ENDS, MOVES, SCHEMAS, STAGES, TERMINAL, Blob, Status, staleness
 from replay.retention import Retention, chosen, compress_cold, finished, remove
-from replay.storage import StoreError, storage
+from replay.storage import StoreError, lock, storage
 
 __all__ = ["MAX_CLAIMS", "Claim", "Retention", "Store", "StoreError"]
 
@@ -78,19 +78,27 @@ class Store:
         url: a folder (made if missing), `file://...` or `s3://...`; locked while open.
         clock: seconds, monotonic; leases run on it.
         read_only: show what is durable now, without lock or change; only `get`, `blobs` and what counts can be used.
+        patient: wait for the lock of an owner that may have died.
 
     Raises:
         StoreError: it is open elsewhere, damaged, written by a newer format, or (read only) not there.
     """
 
     def __init__(
-        self, url: str | Path, clock: Callable[[], float] = time.monotonic, *, read_only: bool = False
+        self,
+        url: str | Path,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        read_only: bool = False,
+        patient: bool = False,
     ) -> None:
         self.root, self._clock, self._read_only = url, clock, read_only
         self._storage = storage(url, read_only)
         self._writer = ThreadPoolExecutor(1, "replay-writer")
         self._under_way: deque[Put] = deque()
-        if not read_only:
+        if patient:
+            lock(self._storage)
+        elif not read_only:
             self._storage.lock()
         try:
             if read_only:

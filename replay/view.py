@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from replay import manifest
 from replay.record import SCHEMAS, Blob
-from replay.storage import StoreError, storage
+from replay.storage import StoreError, lock, storage
 from replay.store import Store
 
 _SHARDS = "shards.json"
@@ -32,11 +32,15 @@ def make_shards(url: str, shards: int) -> list[str]:
     """
     place = storage(url)
     if not place.files(""):
-        place.create(_SHARDS, json.dumps({"shards": shards}).encode())
+        place.create(_SHARDS, _shards(shards))
     found = shard_urls(url)
     if len(found) != shards:
         raise StoreError(f"the store {url} has {len(found)} shards, store.shards says {shards}; set it back to resume")
     return found
+
+
+def _shards(n: int) -> bytes:
+    return json.dumps({"shards": n}).encode()
 
 
 def shard_urls(url: str | Path) -> list[str]:
@@ -49,20 +53,41 @@ def shard_urls(url: str | Path) -> list[str]:
     return [f"{text}/shard-{k}" for k in range(shards)]
 
 
+def is_store(url: str | Path) -> bool:
+    """Whether a store was made at `url`; half a copy is none."""
+    place = storage(url, read_only=True)
+    return _SHARDS in {f.name for f in place.files("")} or bool(place.files(manifest.FOLDER))
+
+
+def wait_until_free(url: str, tell: Callable[[str], None]) -> None:
+    """Return when nobody writes to the store at `url`, if there is one.
+
+    Args:
+        tell: hears what is waited for.
+
+    Raises:
+        Locked: its owner lives.
+    """
+    for shard in shard_urls(url) if is_store(url) else []:
+        place = storage(shard)
+        lock(place, tell)
+        place.unlock()
+
+
 def copy(url: str, to: str) -> None:
-    """Copy a store that nobody writes to, file by file.
+    """Copy a store that nobody writes to, file by file, between any two places. It can be made again if it broke off.
 
     Raises:
         StoreError: there is no store.
     """
-    source, target = storage(url, read_only=True), storage(to)
-    shards = [shard.removeprefix(str(url).rstrip("/")).lstrip("/") for shard in shard_urls(url)]
-    folders = [f"{shard}/{name}".lstrip("/") for shard in shards for name in (manifest.FOLDER, *SCHEMAS)]
-    names = [f"{folder}/{f.name}" for folder in folders for f in source.files(folder)]
-    if not names:
+    if not is_store(url):
         raise StoreError(f"there is no replay store in {url}")
-    for name in names if shards == [""] else [*names, _SHARDS]:
-        target.create(name, source.map(name))
+    shards = shard_urls(url)
+    for k, shard in enumerate(shards):
+        source, target = storage(shard, read_only=True), storage(f"{to}/shard-{k}")
+        for name in (f"{folder}/{f.name}" for folder in (manifest.FOLDER, *SCHEMAS) for f in source.files(folder)):
+            target.create(name, source.map(name))
+    storage(to).create(_SHARDS, _shards(len(shards)))  # last: with it, it is a store
 
 
 class View:

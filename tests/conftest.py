@@ -6,8 +6,10 @@ run is either reported red, or its author has said why that is right.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,7 @@ os.environ.update(
 )
 
 LEAVE = "leave:"
+_numbers = itertools.count()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -46,3 +49,46 @@ def _fail_if_skipped_without_leave(report: pytest.TestReport | pytest.CollectRep
     if not reason.startswith(LEAVE):
         report.outcome = "failed"
         report.longrepr = f"skipped without leave: {reason} (begin the reason with {LEAVE!r} if it may be skipped)"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """URL of an S3 service."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """An empty place in a bucket, `s3://BUCKET/PATH`, that this process can reach; moto's, behind a real HTTP port."""
+    import s3fs
+
+    set_up_s3(monkeypatch, s3_server)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the cache of what was read
+    fs = s3fs.S3FileSystem(endpoint_url=s3_server)
+    if not fs.exists("runs"):
+        fs.mkdir("runs")
+    return f"s3://runs/{next(_numbers)}"
+
+
+@pytest.fixture
+def s3(bucket: str) -> str:
+    """Of a store to be made in a bucket."""
+    return f"{bucket}/replay"
+
+
+def set_up_s3(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)

@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
 
 import pytest
 
+from replay.storage import S3Storage
 from replay.store import Store
+from tests.conftest import set_up_s3
+from tests.replay.proxy import Proxy, handler
 from tests.replay.rows import Clock
-
-_numbers = itertools.count()
 
 
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """URL of an S3 service."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """An empty place in a bucket, `s3://BUCKET/PATH`, that this process can reach."""
-    import s3fs
-
-    set_up_s3(monkeypatch, s3_server)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the cache of what was read
-    fs = s3fs.S3FileSystem(endpoint_url=s3_server)
-    if not fs.exists("runs"):
-        fs.mkdir("runs")
-    return f"s3://runs/{next(_numbers)}/replay"
-
-
-def set_up_s3(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "NO_PROXY": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -71,3 +37,25 @@ def store(url: str, clock: Clock) -> Store:
 def local(tmp_path: Path, clock: Clock) -> Store:
     """A store whose files a test looks into."""
     return Store(tmp_path / "replay", clock)
+
+
+@pytest.fixture(scope="session")
+def proxy_server(s3_server: str) -> Iterator[Proxy]:
+    proxy = Proxy()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(proxy, urlsplit(s3_server).netloc))
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, daemon=True).start()
+    proxy.url = f"http://127.0.0.1:{server.server_port}"
+    yield proxy
+    server.shutdown()
+
+
+@pytest.fixture
+def proxy(proxy_server: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    set_up_s3(monkeypatch, proxy_server.url)
+    calls = {"connect_timeout": 2, "read_timeout": 5, "retries": {"mode": "standard", "max_attempts": 2}}
+    monkeypatch.setattr(S3Storage, "_CALLS", calls)
+    monkeypatch.setattr(S3Storage, "_TRIES", 1)
+    proxy_server.misbehave()
+    proxy_server.seen.clear()
+    return proxy_server

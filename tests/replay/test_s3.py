@@ -4,132 +4,19 @@ does so on command; the tests of `test_store.py` and `test_retention.py` run on 
 
 from __future__ import annotations
 
-import http.client
 import os
-import socket
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
 from replay.record import Blob
-from replay.storage import S3Storage
+from replay.storage import Locked, S3Storage
 from replay.store import Retention, Store, StoreError
 from replay.view import View
-from tests.replay.conftest import set_up_s3
+from tests.replay.proxy import Proxy
 from tests.replay.rows import claim, pending, reopen, row, to_scored, train
-
-
-@dataclass
-class Proxy:
-    """Forwards to an S3 service, and misbehaves as told.
-
-    Attributes:
-        todo: what to do with the next calls that match; afterwards it behaves.
-        only: methods that match.
-        path: part of a path that matches.
-        seen: (method, path) of all calls.
-    """
-
-    url: str = ""
-    todo: list[str] = field(default_factory=list)
-    only: tuple[str, ...] = ("PUT",)
-    path: str = ""
-    seen: list[tuple[str, str]] = field(default_factory=list)
-
-    def next(self, method: str, path: str) -> str:
-        self.seen.append((method, path))
-        matches = self.todo and method in self.only and self.path in path
-        return self.todo.pop(0) if matches else "forward"
-
-    def misbehave(self, *todo: str, only: tuple[str, ...] = ("PUT",), path: str = "") -> None:
-        self.todo, self.only, self.path = list(todo), only, path
-
-
-_ERRORS = {"SlowDown": 503, "InternalError": 500}
-
-
-def handler(proxy: Proxy, target: str) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-        def do(self) -> None:
-            how = proxy.next(self.command, self.path)
-            length = int(self.headers.get("Content-Length", 0))
-            if how == "cut":  # in the middle of an upload
-                self.rfile.read(length // 2)
-                return self.hang_up()
-            body = self.rfile.read(length)
-            if how in _ERRORS:
-                text = f"<Error><Code>{how}</Code><Message>on command</Message></Error>".encode()
-                return self.answer(_ERRORS[how], {"Content-Type": "application/xml"}, text)
-            status, headers, data = self.forward(body)
-            if how == "lose":  # it went through, but nobody hears of it
-                return self.hang_up()
-            self.answer(status, headers, data)
-
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do
-
-        def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-            upstream = http.client.HTTPConnection(target, timeout=30)
-            headers = {name: value for name, value in self.headers.items() if name != "Expect"}
-            upstream.request(self.command, self.path, body, headers)
-            answer = upstream.getresponse()
-            data = answer.read()
-            upstream.close()
-            dropped = {"transfer-encoding", "connection", "content-length"}
-            headers = {k: v for k, v in answer.getheaders() if k.lower() not in dropped}
-            length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-            return answer.status, headers | {"Content-Length": length or "0"}, data
-
-        def answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(data))} | headers).items():
-                if name not in ("Date", "Server"):
-                    self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data if self.command != "HEAD" else b"")
-            self.wfile.flush()
-
-        def hang_up(self) -> None:
-            self.close_connection = True
-            with suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR)
-
-    return Handler
-
-
-@pytest.fixture(scope="module")
-def proxy_server(s3_server: str) -> Iterator[Proxy]:
-    proxy = Proxy()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(proxy, urlsplit(s3_server).netloc))
-    server.daemon_threads = True
-    Thread(target=server.serve_forever, daemon=True).start()
-    proxy.url = f"http://127.0.0.1:{server.server_port}"
-    yield proxy
-    server.shutdown()
-
-
-@pytest.fixture
-def proxy(proxy_server: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    set_up_s3(monkeypatch, proxy_server.url)
-    calls = {"connect_timeout": 2, "read_timeout": 5, "retries": {"mode": "standard", "max_attempts": 2}}
-    monkeypatch.setattr(S3Storage, "_CALLS", calls)
-    monkeypatch.setattr(S3Storage, "_TRIES", 1)
-    proxy_server.misbehave()
-    proxy_server.seen.clear()
-    return proxy_server
-
 
 FAILURES = ("SlowDown", "InternalError", "cut", "lose")
 
@@ -259,6 +146,16 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_at_once(s3: str, monkeypatc
         other.setattr("os.getpid", lambda: 2**22 + 1)  # no process has it
         Store(s3).put("pending", pending())
     assert Store(s3).find("train") == ["g0/0", "g0/1"]
+
+
+def test_the_lock_of_a_machine_that_is_gone_is_waited_for(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("socket.gethostname", lambda: "elsewhere")
+        Store(s3).put("pending", pending())
+    monkeypatch.setattr(S3Storage, "LOCK_S", 3.0)
+    with pytest.raises(Locked, match="on elsewhere"):
+        Store(s3)
+    assert Store(s3, patient=True).find("train") == ["g0/0", "g0/1"]
 
 
 def test_a_bucket_that_is_missing_is_an_error(s3: str) -> None:
