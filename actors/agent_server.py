@@ -121,7 +121,7 @@ class Agent:
     """One engine that answers prompts over HTTP.
 
     Args:
-        model: folder of the policy.
+        model: folder of the policy: a path or `s3://...`.
         pool: name prefix of the tool servers.
         tools: tool name -> seconds a call may take.
         specs: the protocol's tools.

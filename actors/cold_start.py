@@ -7,6 +7,8 @@ from typing import Any
 
 import ray
 
+from replay.folders import written
+
 
 @ray.remote
 class ColdStart:
@@ -16,17 +18,27 @@ class ColdStart:
         self._progress: tuple[int, int, str] = (0, 1, "")
 
     def run(
-        self, folder: str, tiny: Mapping[str, Any], sft: Mapping[str, Any], seed: int, max_tokens: int
+        self, url: str, tiny: Mapping[str, Any], sft: Mapping[str, Any], seed: int, max_tokens: int
     ) -> dict[str, float]:
-        """Write a cold-started policy into `folder`; returns the last metrics.
+        """Write a cold-started policy to `url`; returns the last metrics.
 
         Args:
-            folder: where the policy goes, in Hugging Face form.
+            url: folder of the policy, in Hugging Face form: a path or `s3://...`.
             tiny: size of the model.
             sft: `documents`, `right`, `epochs`, `documents_per_step`, `lr`, `threads`, `tokens_per_microbatch`.
             seed: of documents, weights and order.
             max_tokens: longest answer that a rollout may have; every document must fit.
         """
+        with written(url) as folder:
+            return self._write(folder, tiny, sft, seed, max_tokens)
+
+    def progress(self) -> tuple[int, int, str]:
+        """(steps done, steps in all, a note)."""
+        return self._progress
+
+    def _write(
+        self, folder: str, tiny: Mapping[str, Any], sft: Mapping[str, Any], seed: int, max_tokens: int
+    ) -> dict[str, float]:
         from transformers import AutoTokenizer
 
         from corpus.documents import PIECES, cold_start
@@ -59,10 +71,6 @@ class ColdStart:
             seed=seed,
             progress=lambda row: self._tell(row, steps),
         )
-
-    def progress(self) -> tuple[int, int, str]:
-        """(steps done, steps in all, a note)."""
-        return self._progress
 
     def _tell(self, row: Mapping[str, float], steps: int) -> None:
         self._progress = (int(row["step"]), steps, f"loss {row['loss']:.3f}")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from replay.folders import fetched
+
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # pinned cores fight with everything else on the node
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # with `uni`: one process less, half the start-up
@@ -33,7 +35,7 @@ class Engine:
     """vLLM's AsyncLLM with versioned weights.
 
     Args:
-        model: folder or hub name of a Hugging Face model.
+        model: folder, `s3://...` or hub name of a Hugging Face model.
         version: policy version of those weights.
         options: vLLM's own engine arguments, passed through untouched.
     """
@@ -50,7 +52,7 @@ class Engine:
             "enable_chunked_prefill": False,  # a chunk of a seeded request ends in "CPU Generator does not use offset"
         }
         ours = {
-            "model": model,
+            "model": fetched(model),
             "logprobs_mode": "processed_logprobs",  # those that were sampled from
             "weight_transfer_config": {"backend": "llmi_file"},
             "worker_extension_cls": "actors.weight_transfer.WorkerExtension",

@@ -7,16 +7,13 @@ mended by `Store.rewind` to the step that the checkpoint manifest names.
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import shutil
 import socket
 import statistics
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -25,6 +22,8 @@ from actors import metrics
 from actors.weights import publish
 from learners.advantages import ADVANTAGES
 from learners.packing import Sample
+from replay.checkpoints import Checkpoints
+from replay.folders import fetched, written
 from replay.record import staleness, version
 from replay.store import Claim
 
@@ -40,11 +39,11 @@ class LearnerRank:
     Args:
         rank, ranks: of the group.
         store, hub: handles.
-        model: folder or hub name to start from.
+        model: folder, `s3://...` or hub name to start from.
         options: of `learners.engine.Learner`.
         recipe: `steps`, `prompts_per_step`, `updates_per_step`, `passes`, `max_staleness`, `advantage`, `shuffled`,
             `seed`, `checkpoint_every`, `keep`.
-        folder: of checkpoints.
+        folder: of checkpoints: a path or `s3://...`.
         incarnation: which life of the run this is.
     """
 
@@ -63,7 +62,7 @@ class LearnerRank:
     ) -> None:
         self._rank, self._ranks, self._store, self._hub = rank, ranks, store, hub
         self._model, self._options, self._recipe = model, dict(options), recipe
-        self._folder, self._incarnation = Path(folder), incarnation
+        self._checkpoints, self._incarnation = Checkpoints(folder), incarnation
         self._step = 0
         self._history: list[dict[str, float]] = []
         self._error: BaseException | None = None
@@ -82,7 +81,7 @@ class LearnerRank:
         from learners.engine import Learner
 
         self._learner = Learner(
-            self._model,
+            fetched(self._model),
             rank=self._rank,
             world_size=self._ranks,
             master_addr=address[0],
@@ -90,7 +89,7 @@ class LearnerRank:
             **self._options,
         )
         if tag is not None:
-            self._step = int(self._learner.load(str(self._folder), tag)["step"])
+            self._step = int(self._learner.load(*self._checkpoints.fetched(tag))["step"])
             self._publish()
         return self._step
 
@@ -115,9 +114,10 @@ class LearnerRank:
         """Metrics of the optimiser steps from index `since` on."""
         return self._history[since:]
 
-    def export(self, folder: str) -> None:
-        """Write the policy in Hugging Face form (every rank takes part)."""
-        self._learner.export(folder, self._model)
+    def export(self, url: str) -> None:
+        """Write the policy in Hugging Face form to a path or `s3://...` (every rank takes part, rank 0 writes)."""
+        with written(url) if self._rank == 0 else nullcontext(url) as folder:
+            self._learner.export(folder, fetched(self._model))
 
     def _run(self) -> None:
         try:
@@ -239,9 +239,11 @@ class LearnerRank:
                 pass
 
     def _checkpoint(self) -> None:
-        """Save on all ranks; then commit the manifest, by rename, as the one point that a resume trusts."""
-        tag = f"step{self._step:06d}"
-        self._learner.save(str(self._folder), tag, {"step": self._step})
+        """Save on all ranks; then commit the manifest as the one point that a resume trusts."""
+        tag = f"step{self._step:06d}.{self._incarnation}"
+        with self._checkpoints.writing(tag) as (folder, name):
+            self._learner.save(folder, name, {"step": self._step})
+        self._meet()  # every rank's part is in place
         if self._rank == 0:
             manifest = {
                 "tag": tag,
@@ -250,13 +252,9 @@ class LearnerRank:
                 "cursor": self._store.now(self._store.state("train"))["groups"]["accepted"],
                 "store": self._store.now(self._store.version()),
             }
-            tmp = self._folder / "manifest.tmp"
-            tmp.write_text(json.dumps(manifest))
-            with open(tmp) as f:
-                os.fsync(f.fileno())
-            tmp.rename(self._folder / "manifest.json")
-            for old in sorted(self._folder.glob("step*"))[: -self._recipe["keep"]]:
-                shutil.rmtree(old)
+            self._checkpoints.commit(manifest, self._incarnation)
+            for old in self._checkpoints.tags()[: -self._recipe["keep"]]:
+                self._checkpoints.remove(old)
             self._store.now(self._store.collect(self._recipe["retention"], self._step), COLLECT_S)
 
     def _report(
@@ -284,6 +282,13 @@ class LearnerRank:
 
     def _version(self) -> int:
         return version(self._incarnation, self._step)
+
+    def _meet(self) -> None:
+        """Wait for the other ranks."""
+        if self._ranks > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
 
     def _agree(self, plan: dict[str, Any] | None) -> dict[str, Any]:
         """Rank 0's plan, on every rank."""

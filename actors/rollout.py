@@ -28,7 +28,7 @@ class RolloutWorker(StageWorker):
 
     Args:
         store, hub: handles.
-        model: folder or hub name.
+        model: folder, `s3://...` or hub name.
         concurrency: most samples under way.
         sampling: vLLM's SamplingParams; `seed` comes from each row.
         system: system prompt, or "" for none.

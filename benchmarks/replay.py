@@ -45,7 +45,7 @@ def run(config: Config) -> dict[str, float]:
     """Returns rows/s of appends relative to the rivals', times of random reads, claims a second, cost of opening."""
     results: dict[str, float] = {}
     for part in (appends, reads, claims, opening):
-        folder, started = config.folder / part.__name__, time.perf_counter()
+        folder, started = Path(config.folder) / part.__name__, time.perf_counter()
         results |= part(folder)
         shutil.rmtree(folder)
         say(f"{part.__name__}: {time.perf_counter() - started:.0f} s")

@@ -53,14 +53,16 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
     from cluster.pools import init_ray
 
     init_ray()
-    print(f"policy in {cold_start(run, run.folder / 'start')}")
+    print(f"policy in {cold_start(run, f'{run.folder}/start')}")
 
 
 @app.command()
 def serve(
     config: ConfigFile,
     overrides: Overrides = None,
-    model: Annotated[Path | None, typer.Option(help="policy folder; by default what the run trained")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="policy folder, also s3://...; by default what the run trained")
+    ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8000,
 ) -> None:
@@ -117,7 +119,7 @@ def _print_summary(summary: dict, run: Config) -> None:
         print(f"tool accuracy  {summary['tool_accuracy_before']:.3f} -> {summary['tool_accuracy_after']:.3f}")
     print(f"{summary['steps']} steps in {summary['wall_s']:.0f} s, at most {summary['peak_pss_mib']} MiB of memory")
     print(f"{summary['trajectories_trained']} documents trained, {summary['trajectories_lost']} lost")
-    print(f"report  {run.folder / 'report.html'}\npolicy  {run.folder / 'policy'}")
+    print(f"report  {run.folder}/report.html\npolicy  {run.folder}/policy")
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ from cluster.config import Config, ConfigError
 from cluster.console import Progress, say
 from cluster.pools import PING_S
 from cluster.servers import RunFailed, actor_options
+from replay.folders import is_model
+from replay.storage import in_bucket
 
 
-def starting_policy(config: Config, folder: Path) -> str:
-    """Folder of the policy that a run starts from: given, fetched from the hub, or cold-started in `folder`.
+def starting_policy(config: Config, folder: str) -> str:
+    """Folder or URL of the policy that a run starts from: given, fetched from the hub, or cold-started in `folder`.
 
     Raises:
         RunFailed: there is no such model, or the cold start failed.
@@ -25,6 +26,10 @@ def starting_policy(config: Config, folder: Path) -> str:
     name = config.policy.path
     if name is None:
         return cold_start(config, folder)
+    if in_bucket(name):
+        if not is_model(name):
+            raise RunFailed(f"there is no model in {name}, which policy.path names")
+        return name
     if Path(name).is_dir():
         return str(Path(name).absolute())
     try:
@@ -34,7 +39,7 @@ def starting_policy(config: Config, folder: Path) -> str:
         raise RunFailed(f"policy.path {name!r} is neither a folder nor a model that the hub gives: {why}") from None
 
 
-def cold_start(config: Config, folder: Path) -> str:
+def cold_start(config: Config, folder: str) -> str:
     """Make the policy of a config in `folder` if it is not there yet; returns the folder.
 
     Raises:
@@ -43,16 +48,14 @@ def cold_start(config: Config, folder: Path) -> str:
     """
     if config.policy.tiny is None or config.sft is None:
         raise ConfigError("a cold start needs policy.tiny and an sft section")
-    if (folder / "model.safetensors").exists():
-        return str(folder)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if is_model(folder):
+        return folder
     say(f"cold start: {config.sft.documents} synthetic documents, right {config.sft.right:.0%} of the time")
     options = actor_options(config.learner, config.sft.threads, alone=True)
     cls: Any = ColdStart
     actor = cls.options(**options, max_concurrency=2).remote()
     run = actor.run.remote(
-        str(unfinished),
+        folder,
         config.policy.tiny.model_dump(),
         config.sft.model_dump(),
         config.seed,
@@ -68,5 +71,4 @@ def cold_start(config: Config, folder: Path) -> str:
         raise RunFailed(f"the cold start failed: {error.cause!r}") from error
     finally:
         ray.kill(actor)
-    unfinished.rename(folder)
-    return str(folder)
+    return folder

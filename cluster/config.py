@@ -6,12 +6,18 @@ vLLM's and DeepSpeed's own options pass through untouched under `rollout.engine`
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from replay.storage import in_bucket
+
+#: Of a URL: a bucket of S3 (also the ARN of an access point), or a local file.
+_PLACE = re.compile(r"s3://[\w.:-]+(/[^@?]*)?$|file:///")
 
 
 class ConfigError(ValueError):
@@ -170,7 +176,7 @@ class Config(_Section):
     """A run."""
 
     name: str
-    run_dir: str = "runs"
+    run_dir: str = Field("runs", description="where run folders lie: a folder, or s3://BUCKET/PATH")
     pool: str | None = Field(None, description="attach to the running tool and judge servers of this name")
     seed: int = 0
     stall_s: float = Field(600.0, gt=0, description="seconds without an optimiser step after which a run gives up")
@@ -188,9 +194,11 @@ class Config(_Section):
     learner: Learner
 
     @property
-    def folder(self) -> Path:
-        """The run folder, absolute: under `ray job submit` the working directory is thrown away."""
-        return (Path(self.run_dir) / self.name).expanduser().absolute()
+    def folder(self) -> str:
+        """The run folder: `s3://...`, or absolute, as `ray job submit` throws the working directory away."""
+        if in_bucket(self.run_dir):
+            return f"{self.run_dir.rstrip('/')}/{self.name}"
+        return str((Path(self.run_dir.removeprefix("file://")) / self.name).expanduser().absolute())
 
     def dump(self) -> str:
         """The resolved config as YAML."""
@@ -237,6 +245,12 @@ def _check(config: Config, path: str | Path) -> None:
     """What one field cannot see by itself."""
     if (config.policy.path is None) == (config.policy.tiny is None):
         raise ConfigError(f"{path}: policy needs one of `path` (a model) and `tiny` (one to build)")
+    places = {"run_dir": config.run_dir, "train.store": config.train.store, "policy.path": config.policy.path}
+    for key, url in places.items():
+        if url and "://" in url and not _PLACE.match(url):  # which is not printed: it may hold a secret
+            raise ConfigError(
+                f"{path}: {key} must be a path or s3://BUCKET/PATH; credentials come from AWS's chain, not from here"
+            )
     if config.train.only == "learn" and config.train.store is None:
         raise ConfigError(f"{path}: train.only=learn needs a saved store in train.store")
     if config.policy.tiny and config.sft is None:

@@ -212,7 +212,7 @@ class Pools:
         step = self._checkpoint["step"] if self._checkpoint else 0
         shards = [
             _actor(StoreActor, **actor_options(c.store)).remote(url)
-            for url in make_shards(str(c.folder / "replay"), c.store.shards)
+            for url in make_shards(f"{c.folder}/replay", c.store.shards)
         ]
         self._shards = shards
         self.store = StoreClient(shards)
@@ -237,7 +237,6 @@ class Pools:
             self._get(self.hub.publish.remote(version(self._incarnation, 0), None), "hub")
         if not self.learners:
             return []
-        (self.config.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         address = self._get(self.learners[0].address.remote(), "learner rank 0")
         tag = self._checkpoint["tag"] if self._checkpoint else None
         return [rank.setup.remote(address, tag) for rank in self.learners]
@@ -309,7 +308,7 @@ class Pools:
                 model=self._model,
                 options=options,
                 recipe={k: getattr(c, k) for k in _RECIPE} | run | alone,
-                folder=str(self.config.folder / "checkpoints"),
+                folder=f"{self.config.folder}/checkpoints",
                 incarnation=self._incarnation,
             )
             for rank in range(c.ranks)

@@ -17,8 +17,7 @@ import jinja2
 
 from agent.document import render_html
 from agent.render import CallOutcome
-from cluster.run_folder import RunFolder
-from cluster.run_folder import write as write_file
+from cluster.run_folder import REPORT, SUMMARY, RunFolder
 from evals.heldout import COLUMNS, class_of
 from replay.view import View
 
@@ -44,7 +43,7 @@ _CURVES = [
 
 def write(folder: RunFolder) -> None:
     """Write the report of a finished run."""
-    summary, steps = json.loads(folder.summary.read_text()), folder.steps()
+    summary, steps = json.loads(folder.read(SUMMARY)), folder.steps()
     store = View(folder.replay)
     try:
         pairs = _pairs(store)
@@ -56,7 +55,7 @@ def write(folder: RunFolder) -> None:
     page = environment.get_template("report.html").render(
         s=summary, classes=_CLASSES, curves=_curves(steps), pairs=pairs, shown=_CLASSES, percent="{:.1%}".format
     )
-    write_file(folder.report, page)
+    folder.write(REPORT, page)
 
 
 def _pairs(store: View) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ class RolloutPair:
             "top_p": c.rollout.top_p,
         }
         service, options = actor_options(SERVICE), actor_options(c.rollout, c.rollout.threads)
-        shard = _made(StoreActor, service, str(c.folder / "replay"))
+        shard = _made(StoreActor, service, f"{c.folder}/replay")
         self._store = StoreClient([shard])
         hub = _made(WeightHub, service)
         ray.get(hub.publish.remote(0, None), timeout=PING_S)
@@ -87,7 +87,7 @@ class RolloutPair:
             sampling=sampling,
             system="",
             engine=c.rollout.engine,
-            scratch=str(c.folder),
+            scratch=c.folder,
             name="rollout-0",
         )
         self._engine = _made(BareEngine, options, model, c.rollout.engine, sampling)
@@ -138,10 +138,10 @@ def _random_policy(config: Config) -> str:
 
     if config.policy.tiny is None:
         raise ConfigError("the benchmark needs policy.path or policy.tiny")
-    folder = config.folder / "policy"
+    folder = f"{config.folder}/policy"
     texts = (f"{prompt.question}\n{text}" for prompt, text in cold_start(DOCUMENTS, config.seed))
     build_policy(folder, texts, **config.policy.tiny.model_dump(), seed=config.seed)
-    return str(folder)
+    return folder
 
 
 def _made(cls: Any, options: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,86 +1,91 @@
-"""The run folder `runs/NAME/`: what is in it, and how each part is written so that a crash leaves no half file."""
+"""The run folder `runs/NAME/`, at a path or in a bucket: what is in it. Every file is written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
+from cluster.console import say
+from replay import folders
+from replay.checkpoints import Checkpoints
+from replay.storage import storage
+from replay.view import wait_until_free
+
+CONFIG, METRICS, SUMMARY, REPORT = "config.yaml", "metrics.jsonl", "summary.json", "report.html"
 
 
 class RunFolder:
-    """Paths and small files of one run."""
+    """Names and small files of one run.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.replay, self.checkpoints = root / "replay", root / "checkpoints"
-        self.start, self.policy = root / "start", root / "policy"
-        self.metrics, self.summary, self.report = root / "metrics.jsonl", root / "summary.json", root / "report.html"
+    Args:
+        url: an absolute path, or `s3://BUCKET/PATH`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url, self._files = url, storage(url, read_only=True)
+        self.replay, self.start, self.policy = (f"{url}/{name}" for name in ("replay", "start", "policy"))
+        self.checkpoints = Checkpoints(f"{url}/checkpoints")
+        self._rows: dict[int, dict[str, Any]] | None = None
+
+    def check(self) -> None:
+        """StoreError, in one sentence, if nothing could be written here."""
+        self._files.check()
 
     def open(self, config: Config, resume: bool) -> None:
-        """Make the folder, or take it up again.
+        """Make the folder, or take it up again, once nobody writes to it any more.
 
         A folder of an earlier run is moved aside (`NAME.old-TIME`), never written over.
 
         Raises:
             FileNotFoundError: `resume`, and there is nothing to resume.
+            StoreError: it cannot be written, or another process has this run under way.
         """
-        if resume and not (self.root / "config.yaml").exists():
-            raise FileNotFoundError(f"nothing to resume in {self.root}; start without --resume")
-        if not resume and self.root.exists():
-            self.root.rename(self.root.with_name(f"{self.root.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write(self.root / "config.yaml", config.dump())
+        if resume and not self.has(CONFIG):
+            raise FileNotFoundError(f"nothing to resume in {self.url}; start without --resume")
+        wait_until_free(self.replay, say)
+        if not resume and folders.exists(self.url):
+            aside = f"{self.url}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+            say(f"moving the earlier run to {aside}")
+            folders.move(self.url, aside, CONFIG)
+        self.write(CONFIG, config.dump())
 
-    def next_incarnation(self) -> int:
-        """Count this life of the run; the first is 0."""
-        path = self.root / "incarnation"
-        n = int(path.read_text()) + 1 if path.exists() else 0
-        write(path, str(n))
-        return n
+    def has(self, name: str) -> bool:
+        return name in {f.name for f in self._files.files("")}
 
-    def checkpoint(self) -> dict[str, Any] | None:
-        """The committed checkpoint's manifest, or None."""
-        path = self.checkpoints / "manifest.json"
-        return json.loads(path.read_text()) if path.exists() else None
+    def read(self, name: str) -> str:
+        return self._files.map(name).to_pybytes().decode()
+
+    def write(self, name: str, text: str) -> None:
+        self._files.replace(name, text.encode())
 
     def steps(self) -> list[dict[str, Any]]:
-        """Metrics of every optimiser step, the last word on each."""
-        if not self.metrics.exists():
-            return []
-        rows = (json.loads(line) for line in self.metrics.read_text().splitlines())
-        return list({row["step"]: row for row in rows}.values())
+        """Metrics of every optimiser step, in order."""
+        if self._rows is None:
+            lines = self.read(METRICS).splitlines() if self.has(METRICS) else []
+            self._rows = {row["step"]: row for row in map(json.loads, lines)}
+        return list(self._rows.values())
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Append one optimiser step to metrics.jsonl."""
-        with open(self.metrics, "a") as f:
-            f.write(_line(row))
+    def log(self, row: dict[str, Any]) -> None:
+        """Add one optimiser step to metrics.jsonl. It is written anew: nothing in a bucket can grow."""
+        self._keep([*self.steps(), row])
 
     def rewind(self, step: int) -> None:
         """Forget metrics of steps that were not committed."""
-        kept = [row for row in self.steps() if row["step"] <= step]
-        write(self.metrics, "".join(map(_line, kept)))
+        self._keep([row for row in self.steps() if row["step"] <= step])
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
-        write(self.summary, json.dumps(summary, indent=2) + "\n")
+        self.write(SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def _keep(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = {row["step"]: row for row in rows}
+        self.write(METRICS, "".join(map(_line, self._rows.values())))
 
 
 def _line(row: Mapping[str, Any]) -> str:
     """One row as strict JSON: what is not finite (a skipped step's norm) becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    tmp.rename(path)

@@ -22,12 +22,14 @@ from cluster.console import say
 from cluster.pools import init_ray
 from cluster.run_folder import RunFolder
 from cluster.servers import RunFailed, actor_options, deploy, tool_specs
+from replay.folders import is_model
+from replay.storage import in_bucket
 
 ANSWER_S = 60.0  # the service must answer that soon after everything is up
 REQUEST_S = 600.0  # a request that takes longer is given up
 
 
-def serve(config: Config, model: Path | None, host: str, port: int) -> None:
+def serve(config: Config, model: str | None, host: str, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM, then take everything down.
 
     Raises:
@@ -51,7 +53,7 @@ def serve(config: Config, model: Path | None, host: str, port: int) -> None:
 
 
 @contextmanager
-def application(config: Config, folder: Path, host: str, port: int) -> Iterator[str]:
+def application(config: Config, folder: str, host: str, port: int) -> Iterator[str]:
     """Tool servers, unless the config names a running pool, and the agent; yields the URL once it answers.
 
     Raises:
@@ -73,16 +75,18 @@ def application(config: Config, folder: Path, host: str, port: int) -> Iterator[
             ray_serve.delete(app, _blocking=False)
 
 
-def policy_folder(config: Config, model: Path | None) -> Path:
+def policy_folder(config: Config, model: str | None) -> str:
     """The policy to serve: `model`, or what the run of this config trained. Raises ConfigError if it is not there."""
-    folder = (model or RunFolder(config.folder).policy).expanduser().absolute()
-    if not (folder / "config.json").exists():
+    folder = model or RunFolder(config.folder).policy
+    if not in_bucket(folder):
+        folder = str(Path(folder).expanduser().absolute())
+    if not is_model(folder):
         trained = "`llmi train` with this config makes it, and --model names another folder"
         raise ConfigError(f"there is no policy in {folder}; {'--model must hold one' if model else trained}")
     return folder
 
 
-def _agent(config: Config, folder: Path, pool: str) -> Any:
+def _agent(config: Config, folder: str, pool: str) -> Any:
     c = config.rollout
     deployment: Any = Agent
     return deployment.options(
@@ -91,7 +95,7 @@ def _agent(config: Config, folder: Path, pool: str) -> Any:
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=2,
     ).bind(
-        model=str(folder),
+        model=folder,
         pool=pool,
         tools={name: tool.timeout_s for name, tool in config.tools.items()},
         specs=tool_specs(config),

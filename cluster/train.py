@@ -24,12 +24,15 @@ from cluster.servers import RunFailed
 from corpus import keywords, prompts
 from evals.heldout import COLUMNS, summarise
 from replay.record import version
-from replay.view import View, copy
+from replay.view import View, copy, is_store
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """Run a config to its end; returns the summary. Raises RunFailed."""
     started = time.monotonic()
+    RunFolder(config.folder).check()
+    if config.train.store and not resume and not is_store(config.train.store):
+        raise RunFailed(f"there is no replay store in {config.train.store}, which train.store names")
     init_ray()
     session = ray._private.worker._global_node.get_session_dir_path()
     with PeakMemory(session) as memory:
@@ -61,15 +64,15 @@ class Trainer(tune.Trainable):
         self.folder = RunFolder(self.run.folder)
         self.folder.open(self.run, config.get("resume", False))
         self._sets = {name: self._prompts(name) for name in ("train", "heldout", "unseen")}
-        checkpoint = self.folder.checkpoint()
+        self._incarnation = self.folder.checkpoints.begin()
+        checkpoint = self.folder.checkpoints.committed()
         self._done = checkpoint["step"] if checkpoint else 0
         self.folder.rewind(self._done)
-        if self.run.train.store and not self.folder.replay.exists():
-            copy(self.run.train.store, str(self.folder.replay))
+        if self.run.train.store and not is_store(self.folder.replay):
+            copy(self.run.train.store, self.folder.replay)
         if self.run.train.only == "learn":
             self._check_enough()
         model = starting_policy(self.run, self.folder.start)
-        self._incarnation = self.folder.next_incarnation()
         say(f"starting tool servers, judges, rollout workers and learner of {self.run.name!r}")
         self._pools = Pools(self.run, model, self._incarnation, checkpoint)
         try:
@@ -109,14 +112,14 @@ class Trainer(tune.Trainable):
             self._pools.wait_for_version(final)
             self._pools.focus("after-heldout")
             self._measure("after")
-        ray.get([rank.export.remote(str(self.folder.policy)) for rank in self._pools.learners], timeout=600)
+        ray.get([rank.export.remote(self.folder.policy) for rank in self._pools.learners], timeout=600)
         watched = self._pools.watch()
         self._pools.stop()
         return self._summary(watched, final)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A Tune checkpoint is a pointer to our manifest."""
-        (Path(checkpoint_dir) / "run.txt").write_text(str(self.folder.root))
+        (Path(checkpoint_dir) / "run.txt").write_text(self.folder.url)
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing to load: `setup` with `resume` reads the manifest itself."""

@@ -12,7 +12,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import jinja2
 import pyarrow.compute as pc
 from rich.console import Console
@@ -22,10 +21,10 @@ from rich.text import Text
 from agent.document import render_html
 from agent.render import CallOutcome
 from cluster.config import ConfigError
-from cluster.run_folder import write
 from replay.export import COLUMNS, Chosen, batches, pictures, pictures_of, statuses
 from replay.record import Blob, Status, incarnation, updates
-from replay.view import View
+from replay.storage import storage
+from replay.view import View, is_store
 
 #: Columns with one number a token; their sums are shown.
 _PER_TOKEN = ("prompt_ids", "token_ids", "logprobs", "mask", "versions")
@@ -45,8 +44,7 @@ def opened(uri: str) -> closing[View]:
 def store_of(uri: str) -> str:
     """The store that is meant: that of a run folder, or the one at `uri` itself."""
     inner = f"{uri.rstrip('/')}/replay"
-    files, path = fsspec.core.url_to_fs(inner)
-    return inner if files.isdir(path) else uri
+    return inner if is_store(inner) else uri
 
 
 def check_purpose(view: View, purpose: str) -> None:
@@ -217,7 +215,7 @@ def write_page(view: View, out: Path, chosen: Chosen, title: str) -> None:
     page = environment.get_template("replay.html").render(
         title=title, groups=groups, given=given, wanted=_wanted, answer=_answer, status=_status, number=len(chosen)
     )
-    write(out, page)
+    storage(out.parent).replace(out.name, page.encode())
 
 
 def _document(view: View, fact: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ def test_a_benchmark_runs_in_a_folder_of_its_own_and_its_numbers_come_with_the_m
 
     def run(config: Config) -> dict[str, float]:
         seen.append(config)
-        config.folder.mkdir(parents=True)
+        Path(config.folder).mkdir(parents=True)
         return {"worker_vs_engine": 0.912345}
 
     monkeypatch.setattr(rollout, "run", run)
@@ -43,7 +43,7 @@ def test_a_benchmark_runs_in_a_folder_of_its_own_and_its_numbers_come_with_the_m
     assert printed["machine"]["cores"] >= 1 and "torch" in printed["machine"]["packages"]
     (config,) = seen
     assert config.rollout.max_tokens == 7 and config.rollout.concurrency == 64
-    assert not config.folder.exists()
+    assert not Path(config.folder).exists()
 
 
 def test_an_override_that_the_config_does_not_know_is_refused() -> None:

@@ -81,7 +81,7 @@ def test_the_resolved_config_reads_back_the_same(path: Path, tmp_path: Path) -> 
 
 
 def test_the_run_folder_is_absolute(path: Path) -> None:
-    assert load(path).folder.is_absolute()
+    assert Path(load(path).folder).is_absolute()
 
 
 @pytest.mark.parametrize("example", sorted(p.name for p in Path("examples").glob("*.yaml")))

@@ -18,11 +18,11 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_it_serves_what_the_run_trained_unless_a_model_is_named(config: Config, tmp_path: Path) -> None:
-    for folder in (config.folder / "policy", tmp_path / "other"):
+    for folder in (Path(config.folder) / "policy", tmp_path / "other"):
         folder.mkdir(parents=True)
         (folder / "config.json").touch()
-    assert policy_folder(config, None) == config.folder / "policy"
-    assert policy_folder(config, tmp_path / "other") == tmp_path / "other"
+    assert policy_folder(config, None) == f"{config.folder}/policy"
+    assert policy_folder(config, str(tmp_path / "other")) == str(tmp_path / "other")
 
 
 def test_a_run_that_has_trained_nothing_yet_has_no_policy_to_serve(config: Config) -> None:
@@ -32,7 +32,7 @@ def test_a_run_that_has_trained_nothing_yet_has_no_policy_to_serve(config: Confi
 
 def test_a_folder_that_holds_no_model_is_refused(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--model must hold one"):
-        policy_folder(config, tmp_path)
+        policy_folder(config, str(tmp_path))
 
 
 def test_a_port_that_is_taken_is_said_at_once() -> None:

@@ -116,7 +116,7 @@ def test_every_document_ends_and_only_its_own_failures_are_its_own(outside: None
             "learner": {"steps": 1, "prompts_per_step": 1, "samples_per_prompt": 2, "lr": 1},
         }
     )
-    config.folder.mkdir()
+    Path(config.folder).mkdir()
     init_ray()
     pools = Pools(config, "unused", 0, None)
     pools.start(("render", "score"))

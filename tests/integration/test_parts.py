@@ -21,7 +21,7 @@ def test_a_saved_store_trains_a_policy_again_and_again_without_engines(tiny: Cal
     filled = tiny("filled", "train.only=rollout", "store.shards=2")
     summary = train(filled)
     assert summary["steps"] == 0 and summary["trajectories_trained"] == 0 and summary["trajectories_lost"] == 0
-    saved = filled.folder / "replay"
+    saved = f"{filled.folder}/replay"
     assert View(saved).counts("train") == {"scored": 2 * 3 * 4}
 
     options = ["train.only=learn", f"train.store={saved}", "store.shards=2"]
@@ -29,7 +29,7 @@ def test_a_saved_store_trains_a_policy_again_and_again_without_engines(tiny: Cal
     assert learned["steps"] == 2 and learned["trajectories_trained"] == 24 and learned["trajectories_lost"] == 0
     assert "evaluations" not in learned or not learned["evaluations"]
     assert View(saved).counts("train") == {"scored": 24}, "the saved store stays as it is"
-    assert verify(learned_store := tiny("learned", *options).folder / "replay").problems == []
+    assert verify(learned_store := f"{tiny('learned', *options).folder}/replay").problems == []
     assert {s for s, _ in View(learned_store).ends("train").values()} == {"trained"}
 
     with pytest.raises(RunFailed, match=r"has 6 groups for training; learner\.steps x prompts_per_step asks for 27"):

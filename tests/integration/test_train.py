@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.config import Config
-from cluster.run_folder import RunFolder
+from cluster.run_folder import REPORT, SUMMARY, RunFolder
 from cluster.train import train
 from replay.view import View
 
@@ -24,10 +24,10 @@ def test_a_run_goes_from_prompts_to_a_policy_and_resumes(tiny: Callable[..., Con
     assert summary["policy_version"] == "0.2"
     assert 0 < summary["peak_pss_mib"] < 10 * 1024
     wanted = {f"{k}_{w}" for k in ("reward", "tool_accuracy") for w in ("before", "after")} | {"wall_s"}
-    assert wanted <= json.loads(folder.summary.read_text()).keys()
+    assert wanted <= json.loads(folder.read(SUMMARY)).keys()
     assert [row["step"] for row in folder.steps()] == [1, 2]
     assert {"reward", "staleness", "wait_s", "forward_backward_s", "publish_s"} <= folder.steps()[0].keys()
-    page = folder.report.read_text()
+    page = folder.read(REPORT)
     assert "Documents before and after" in page
     assert not re.search(r"""<(script|link|iframe)|src=["']?https?:|url\(["']?https?:""", page), (
         "it loads from the network"
