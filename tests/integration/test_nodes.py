@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,8 +57,8 @@ async def test_a_store_whose_shards_lie_on_two_nodes_is_one_and_survives_the_los
     assert sorted(claimed) == sorted(names)
 
     [other] = two_nodes.worker_nodes
-    await asyncio.to_thread(two_nodes.remove_node, other, False)  # as a machine that loses power
-    await asyncio.to_thread(two_nodes.add_node, **NODE)
+    two_nodes.remove_node(other, allow_graceful=False)  # as a machine that loses power
+    two_nodes.add_node(**NODE)
     for name in names:
         assert await store.put("generated", row("generated", name, versions=[1])) == ["ok"]
     assert (await store.state())["counts"] == {"generated": len(names)}
