@@ -41,7 +41,7 @@ def test_a_run_goes_from_prompts_to_a_policy_and_resumes(tiny: Callable[..., Con
     assert again["trajectories_trained"] == 3 * 3 * 4
     assert again["policy_version"] == "1.3"
     assert again["reward_before"] == summary["reward_before"], "the measure before training is not taken twice"
-    assert [row["step"] for row in folder.steps()] == [1, 2, 3]
+    assert [row["step"] for row in RunFolder(config.folder).steps()] == [1, 2, 3]
 
 
 def _loads_everywhere(folder: RunFolder) -> None:
