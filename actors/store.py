@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pickle import PickleBuffer
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ import ray
 
 from actors import metrics
 from replay.record import Blob
-from replay.store import Claim, Retention, Store, blob_table
+from replay.store import Claim, Retention, Store, picture_table
 from replay.view import shard_of
 
 T = TypeVar("T")
@@ -30,23 +31,24 @@ _TURN_S = 0.25
 _QUEUES = {"rollout": "pending", "render": "generated", "score": "rendered", "learn": "scored"}
 
 
-#: Rows and pictures of a put on their way to a shard.
-Load = tuple[pa.Buffer, pa.Table | None]
+#: Rows of a put on their way to a shard, and its pictures: hashes, MIME types, bytes.
+Load = tuple[pa.Buffer, list[str], list[str], list[PickleBuffer]]
 
 
-def packed(rows: pa.Table, pictures: pa.Table) -> Load:
-    """One object for Ray. Rows go as an Arrow stream: Ray takes tables apart column by column, which is slow for many
-    small ones; the few columns of pictures are spared the copy.
+def packed(rows: pa.Table, pictures: Sequence[Blob]) -> Load:
+    """What Ray copies once, and fast. Rows go as an Arrow stream, because Ray takes tables apart column by column;
+    each picture goes as a buffer of its own, because Ray starts threads for buffers beyond a megabyte.
     """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, rows.schema) as stream:
         stream.write_table(rows)
-    return sink.getvalue(), pictures if len(pictures) else None
+    names, mimes = [b.sha256 for b in pictures], [b.mime for b in pictures]
+    return sink.getvalue(), names, mimes, [PickleBuffer(b.data) for b in pictures]
 
 
-def unpacked(load: Load) -> tuple[pa.Table, pa.Table | tuple[()]]:
-    rows, pictures = load
-    return pa.ipc.open_stream(rows).read_all(), () if pictures is None else pictures
+def unpacked(load: Load) -> tuple[pa.Table, pa.Table]:
+    rows, names, mimes, datas = load
+    return pa.ipc.open_stream(rows).read_all(), picture_table(names, mimes, datas)
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)
@@ -138,7 +140,7 @@ class StoreClient:
         self._turn = 0
 
     async def put(self, stage: str, rows: pa.Table, blobs: Iterable[Blob] = ()) -> list[str]:
-        pictures = blob_table(blobs)  # hashed here: the shard's process is everyone's
+        pictures = await asyncio.to_thread(hashed, blobs)  # here: the shard's process is everyone's
         where = self._where(rows.column("trajectory").to_pylist())
         answers = np.empty(len(rows), object)
         for shard, at in where.items():
@@ -243,3 +245,11 @@ class StoreClient:
     def _of(self, token: int) -> tuple[int, Any]:
         own, shard = divmod(token, len(self._shards))
         return own, self._shards[shard]
+
+
+def hashed(blobs: Iterable[Blob]) -> list[Blob]:
+    """The same blobs, which know their names from now on."""
+    each = list(blobs)
+    for blob in each:
+        _ = blob.sha256
+    return each

@@ -1,8 +1,8 @@
 """Writers that make the same rows and pictures durable, a batch at a time: what `llmi bench replay` compares.
 
 One goes through the store's actor, in another process; the others are what one could use instead. What they are given
-is in memory, and each returns when all of it is on disk. The rivals have it easier: only SQLite and the bare file hash
-the pictures, as the store does, and SQLite and Redis keep token ids and log-probs only.
+is in memory, and each returns when all of it is on disk. All hash the pictures. The rivals have it easier: SQLite and
+Redis keep token ids and log-probs only.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import socket
 import sqlite3
 import subprocess
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
@@ -28,7 +26,7 @@ from cluster.pools import PING_S, SERVICE, init_ray
 from cluster.servers import RunFailed, actor_options
 from replay.record import Blob
 
-IN_FLIGHT = 2  # batches on their way at once, as a worker has them
+IN_FLIGHT = 4  # batches on their way to the store at once, as a worker has them
 
 
 @dataclass(frozen=True)
@@ -126,54 +124,40 @@ class Sqlite:
 
 
 class Redis:
-    """A stream of a server of its own on a Unix socket; an entry's answer comes when it is on disk."""
+    """A stream of a server of its own on a Unix socket, written by its own client: a pipeline a batch, whose answers
+    come when all of it is on disk; pictures by their SHA-256.
+    """
 
     def __init__(self, folder: Path) -> None:
+        import redis  # a package of the tests
+
         folder.mkdir(parents=True)
         options = "--port 0 --unixsocket s --appendonly yes --appendfsync always --auto-aof-rewrite-percentage 0"
         command = ["redis-server", *options.split(), "--save", ""]
         with open(folder / "log", "wb") as log:
             self._server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(PING_S)
+        self._client = redis.Redis(unix_socket_path=str(folder / "s"), socket_timeout=PING_S)
         deadline = time.monotonic() + PING_S
-        while self._socket.connect_ex(str(folder / "s")) != 0:
+        while not (folder / "s").exists():
             if self._server.poll() is not None or time.monotonic() > deadline:
                 self.close()
                 raise RunFailed(f"redis-server did not start: {(folder / 'log').read_text()[-500:]}")
             time.sleep(0.05)
-        self._answers = self._socket.makefile("rb")
 
     def append(self, batches: Sequence[Batch]) -> None:
-        flying: deque[int] = deque()
         for batch in batches:
-            if len(flying) == IN_FLIGHT:
-                self._landed(flying.popleft())
+            pipeline = self._client.pipeline(transaction=False)
             each = len(batch.images) // batch.rows.num_rows
             for i, (name, ids, logprobs) in enumerate(_cells(batch.rows)):
-                fields = [b"trajectory", name.encode(), b"token_ids", ids, b"logprobs", logprobs]
-                for image in batch.images[i * each : (i + 1) * each]:
-                    fields += [b"image", image]
-                self._socket.sendall(_command([b"XADD", b"rows", b"*", *fields]))
-            flying.append(batch.rows.num_rows)
-        self._landed(sum(flying))
+                images = batch.images[i * each : (i + 1) * each]
+                row: dict[Any, Any] = {"trajectory": name, "token_ids": ids, "logprobs": logprobs}
+                pipeline.xadd("rows", row | {hashlib.sha256(image).digest(): image for image in images})
+            pipeline.execute()
 
     def close(self) -> None:
-        self._socket.close()
+        self._client.close()
         self._server.kill()
         self._server.wait(PING_S)
-
-    def _landed(self, entries: int) -> None:
-        for _ in range(entries):
-            head = self._answers.readline()  # "$15\r\n", then the entry's id
-            if not head.startswith(b"$"):
-                raise RunFailed(f"redis-server answered {head!r} to XADD")
-            self._answers.read(int(head[1:]) + 2)
-
-
-def _command(parts: Sequence[bytes]) -> bytes:
-    """In Redis's protocol (RESP)."""
-    return b"".join([b"*%d\r\n" % len(parts), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)])
 
 
 def _cells(rows: pa.Table) -> Iterator[tuple[str, bytes, bytes]]:

@@ -96,24 +96,41 @@ class Log:
         """Make rows durable as one batch; returns it and its id. All of it is kept, or (after a crash) none of it.
 
         Raises:
-            StoreError: the disk or the service refused; nothing of it is kept.
+            StoreError: the disk or the service refused, now or before the last `mend`; nothing of it is kept.
         """
         if not table.schema.equals(self.schema):
             table = table.select(self.schema.names).cast(self.schema)
         [batch] = table.combine_chunks().to_batches()
         if isinstance(self._storage, LocalStorage):
-            self._grow(self._storage.root / self.name, batch)
-            return self._add(lambda: batch), batch
+            file, start = self._grow(self._storage.root / self.name, batch)
+            return self._add(functools.partial(self._of_open, file, start)), batch
         self._create(f"{self.state.next:08d}.arrow", [batch])
         self.full = len(self._small()) >= SMALL_SEGMENTS
         return self._next_id - 1, batch
+
+    def mend(self) -> None:
+        """Seal a torn segment from memory. Nothing can be appended before, so that numbers stay in the order of rows.
+
+        Raises:
+            StoreError: the disk refuses still.
+        """
+        if self._open is None or not self._open.torn:
+            return
+        file = self._open.path.name
+        if ids := self._of[file]:
+            batches = [self[i] for i in ids]
+            data = self._complete(file, batches)
+            self._adopt(Segment(file[:-1], self._open.rows, len(data), crc32(data), 0), ids)
+        del self._of[file]
+        self._open = None
+        self._remove_open(file)
 
     def seal(self) -> None:
         """Close the open segment, or merge small ones; the store then commits a manifest."""
         self.full = False
         if isinstance(self._storage, LocalStorage):
             with contextlib.suppress(StoreError):  # a full disk: the rows are safe where they are
-                self._mend()
+                self.mend()
             if self._open is not None and not self._open.torn:
                 try:
                     sealed = self._open.seal()
@@ -201,13 +218,13 @@ class Log:
 
     # ---- segments ----------------------------------------------------------------------------------------------
 
-    def _grow(self, folder: Path, batch: pa.RecordBatch) -> None:
-        self._mend()
+    def _grow(self, folder: Path, batch: pa.RecordBatch) -> tuple[str, int]:
+        """Returns the file that the batch is in, and its offset."""
         try:
             if self._open is None:
                 self._open = _Open(folder / f"{self.state.next:08d}.arrows", self.schema)
                 self._of[self._open.path.name] = []
-            self._open.append(batch)
+            start = self._open.append(batch)
         except (OSError, pa.ArrowException) as error:
             if self._open is not None:
                 self._open.tear()
@@ -215,19 +232,15 @@ class Log:
             raise StoreError(f"appending to {folder} failed: {error}{hint}") from error
         self._of[self._open.path.name].append(self._next_id)
         self.full = self._open.size >= SEGMENT_BYTES
+        return self._open.path.name, start
 
-    def _mend(self) -> None:
-        """Seal a torn segment from memory. Nothing is appended before, so that numbers stay in the order of rows."""
-        if self._open is None or not self._open.torn:
-            return
-        file = self._open.path.name
-        if ids := self._of[file]:
-            batches = [self[i] for i in ids]
-            data = self._complete(file, batches)
-            self._adopt(Segment(file[:-1], self._open.rows, len(data), crc32(data), 0), ids)
-        del self._of[file]
-        self._open = None
-        self._remove_open(file)
+    def _of_open(self, file: str, start: int) -> pa.RecordBatch:
+        """A batch of the open segment, from the file: its memory belongs to whoever put it."""
+        try:
+            data = self._storage.map(f"{self.name}/{file}")
+        except StoreError:  # it is being sealed this moment
+            data = self._storage.map(f"{self.name}/{file[:-1]}")
+        return pa.ipc.read_record_batch(pa.ipc.read_message(data.slice(start)), self.schema)
 
     def _complete(self, file: str, batches: Sequence[pa.RecordBatch]) -> pa.Buffer:
         """Make an open segment that nobody writes to a sealed one; returns its bytes. It grows where it lies, because
@@ -423,16 +436,20 @@ class _Open:
         self._file = open(path, "wb")  # noqa: SIM115  (nothing but a failed try can lie there)
         self._sums = open(path.with_suffix(".crc"), "w")  # noqa: SIM115
         self._writer: Any = pa.ipc.new_file(pa.PythonFile(self, "w"), schema)
+        self._header = len(_MAGIC) + schema.serialize().size  # written with the first batch
         self._good = 0
         sync_folder(path.parent)
 
-    def append(self, batch: pa.RecordBatch) -> None:
+    def append(self, batch: pa.RecordBatch) -> int:
+        """Returns the offset where the batch begins."""
+        start = self.size or self._header
         self._writer.write_batch(batch)
         self._file.flush()
         self._sums.write(f"{self.size} {self._crc}\n")
         self._sums.flush()  # tells a torn tail from damage; the rows do not hang on it, so it is not synced
         os.fdatasync(self._file.fileno())
         self._good, self.rows = self.size, self.rows + batch.num_rows
+        return start
 
     def seal(self) -> Segment:
         self._writer.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from typing_extensions import Buffer
 
 from replay import manifest
 from replay.index import Index
@@ -30,7 +32,7 @@ from replay.log import Log
 from replay.manifest import LogState, Manifest
 from replay.record import ENDS, MOVES, SCHEMAS, STAGES, TERMINAL, Blob, Status, staleness
 from replay.retention import Retention, chosen, compress_cold, finished, remove
-from replay.storage import StoreError, lock, storage
+from replay.storage import LocalStorage, StoreError, lock, storage
 
 __all__ = ["MAX_CLAIMS", "Claim", "Retention", "Store", "StoreError"]
 
@@ -72,7 +74,7 @@ class Put:
 
 
 class Store:
-    """A store in a local folder or a bucket. All verbs are called by one thread; another one writes to the logs.
+    """A store in a local folder or a bucket. All verbs are called by one thread; others write to the logs.
 
     Args:
         url: a folder (made if missing), `file://...` or `s3://...`; locked while open.
@@ -94,7 +96,11 @@ class Store:
     ) -> None:
         self.root, self._clock, self._read_only = url, clock, read_only
         self._storage = storage(url, read_only)
+        # Pictures are written beside other rows: their sync is what takes long, and only their own rows wait for it.
         self._writer = ThreadPoolExecutor(1, "replay-writer")
+        local = isinstance(self._storage, LocalStorage)  # in a bucket every append changes what a manifest says
+        self._blob_writer = ThreadPoolExecutor(1, "replay-blobs") if local else self._writer
+        self._sealing = threading.Lock()
         self._under_way: deque[Put] = deque()
         if patient:
             lock(self._storage)
@@ -164,7 +170,8 @@ class Store:
             first[name] == k and (name, status) not in under_way and self._may_move(name, attempt, status)
             for k, (name, attempt) in enumerate(zip(names, attempts, strict=True))
         ]
-        writes = [("blobs", blobs if isinstance(blobs, pa.Table) else blob_table(blobs))]
+        pictures = blobs if isinstance(blobs, pa.Table) else blob_table(blobs)
+        writes = [("blobs", pictures)] if pictures.num_rows else []
         if any(fresh):
             writes.append((stage, rows if all(fresh) else rows.filter(pa.array(fresh))))
         moves = {(name, status) for name, ok in zip(names, fresh, strict=True) if ok}
@@ -441,6 +448,7 @@ class Store:
         if not self._read_only:
             self._settle()
             self._writer.shutdown()
+            self._blob_writer.shutdown()
             for log in self._logs.values():
                 log.seal()
             self._commit()
@@ -449,25 +457,33 @@ class Store:
     # ---- the logs ----------------------------------------------------------------------------------------------
 
     def _write(self, writes: list[tuple[str, pa.Table]], answers: list[str], moves: _Moves) -> Put:
+        """Append to one log after the other, each durable before the next begins."""
         done: list[_Done] = []
-        put = Put(self, self._writer.submit(self._write_now, writes, done), done, answers, moves)
+        written: Future[None] = Future()
+        written.set_result(None)
+        for name, rows in writes:
+            writer = self._blob_writer if name == "blobs" else self._writer
+            written = writer.submit(self._write_now, name, rows, written, done)
+        put = Put(self, written, done, answers, moves)
         self._under_way.append(put)
         return put
 
-    def _write_now(self, writes: Iterable[tuple[str, pa.Table]], done: list[_Done]) -> None:
-        """In the writer's thread: one append after the other, each durable before the next begins."""
-        for name, rows in writes:
-            if name == "blobs":
-                rows = self._new_blobs(rows)
-            if not rows.num_rows:
-                continue
-            log = self._logs[name]
-            if log.full:  # now and not after the append: if this fails, nothing was kept
+    def _write_now(self, name: str, rows: pa.Table, before: Future[None], done: list[_Done]) -> None:
+        """In a writer's thread."""
+        before.result()
+        if name == "blobs":
+            rows = self._new_blobs(rows)
+        if not rows.num_rows:
+            return
+        log = self._logs[name]
+        with self._sealing:  # now and not after the append: if this fails, nothing was kept
+            log.mend()
+            if log.full:
                 log.seal()
                 self._commit()
-            done.append((name, *log.append(rows)))
-            if name == "blobs":
-                self._stored.update(rows.column("sha256").to_pylist())
+        done.append((name, *log.append(rows)))
+        if name == "blobs":
+            self._stored.update(rows.column("sha256").to_pylist())
 
     def _settle(self, last: Put | None = None) -> None:
         """Bring what was written into the index, in its order: up to one put, or all of it."""
@@ -615,8 +631,12 @@ class Store:
 def blob_table(blobs: Iterable[Blob]) -> pa.Table:
     """Pictures as rows of `SCHEMAS["blobs"]`, with their hashes."""
     each = list(blobs)
-    names, mimes = (pa.array(c, pa.string()) for c in ([b.sha256 for b in each], [b.mime for b in each]))
-    ends = np.cumsum([0, *(len(b.data) for b in each)], dtype=np.int64)
-    whole = pa.py_buffer(b"".join(b.data for b in each))  # half the time of pa.array, which grows as it goes
-    data = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(each), [None, pa.py_buffer(ends), whole])
-    return pa.table([names, mimes, data], schema=SCHEMAS["blobs"])
+    return picture_table([b.sha256 for b in each], [b.mime for b in each], [b.data for b in each])
+
+
+def picture_table(names: Sequence[str], mimes: Sequence[str], datas: Sequence[Buffer]) -> pa.Table:
+    """Pictures that were hashed already as rows of `SCHEMAS["blobs"]`."""
+    ends = np.cumsum([0, *(memoryview(d).nbytes for d in datas)], dtype=np.int64)
+    whole = pa.py_buffer(b"".join(datas))  # half the time of pa.array, which grows as it goes
+    data = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(datas), [None, pa.py_buffer(ends), whole])
+    return pa.table([pa.array(names, pa.string()), pa.array(mimes, pa.string()), data], schema=SCHEMAS["blobs"])

@@ -304,7 +304,8 @@ class Machine(RuleBasedStateMachine):
             assert all(r.purpose == "train" and r.status in ENDS and r.step <= committed for r in members)
             noted = self.gone["train"]
             noted.update(r.status.value for r in members)
-            noted.update(accepted=1, ended=1, trained=any(r.status is Status.TRAINED for r in members))
+            trained = any(r.status is Status.TRAINED for r in members)
+            noted.update(groups_accepted=1, groups_ended=1, groups_trained=trained)
         assert not gone & {name for name in before if name in left}
         if n:
             named = {h for r in self.store.get(sorted(left), ["given"]).to_pylist() for h in r["given"]}
@@ -358,9 +359,9 @@ class Machine(RuleBasedStateMachine):
             groups = {n.rpartition("/")[0] for n in mine}
             of = {g: [self.rows[n].status for n in self.members(g)] for g in groups}
             assert self.store.groups(purpose) == {
-                "accepted": len(of) + gone["accepted"],
-                "ended": sum(set(s) <= ENDS for s in of.values()) + gone["ended"],
-                "trained": sum(Status.TRAINED in s for s in of.values()) + gone["trained"],
+                "accepted": len(of) + gone["groups_accepted"],
+                "ended": sum(set(s) <= ENDS for s in of.values()) + gone["groups_ended"],
+                "trained": sum(Status.TRAINED in s for s in of.values()) + gone["groups_trained"],
             }
             assert self.store.lost(purpose) == 0
             assert set(self.store.find(purpose)) == set(mine)
