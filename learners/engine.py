@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
 from learners.export import checkpoint_form, write_model
-from learners.losses import make_loss
-from learners.packing import Batch, Sample, collate, filler, pack
+from learners.objective import Options, make_objective, summary
+from learners.packing import Batch, Sample, collate, filler, pack, uncollate
 from learners.policy import Policy, load_model, score
 from learners.schedule import Schedule
 from learners.world import join, leave, reduced
@@ -39,7 +40,12 @@ class Learner:
         grad_clip: largest norm of the gradient.
         zero_stage: 1, 2 or 3.
         dtype: of the weights in the forward pass, float32 or bfloat16; the optimiser's own copy is float32.
-        loss, loss_options: a name in `losses.LOSSES` and its options.
+        loss, loss_options, aggregation, correction, kl, kl_coef, kl_unbiased: of
+            `learners.objective.make_objective`.
+        entropy_bonus: how much of the mean entropy per token, in nats, is taken off the loss.
+        reference: folder of the model that a KL is taken to.
+        temperature: of the sampling. The policy that learns is the one that is sampled from.
+        max_tokens: the longest response that may be sampled; the aggregation `fixed_length` divides by it.
         tokens_per_microbatch: rows x L of a forward pass, at most; one longer sequence passes alone. On CPUs small ones
             are fastest (500 to 1,000 tokens): their activations stay in the cache.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -72,7 +78,16 @@ class Learner:
         zero_stage: int = 2,
         dtype: str = "float32",
         loss: str = "grpo",
-        loss_options: Mapping[str, Any] | None = None,
+        loss_options: Mapping[str, float] | None = None,
+        aggregation: str | None = None,
+        correction: Options | None = None,
+        kl: str | None = None,
+        kl_coef: float = 0.0,
+        kl_unbiased: bool = False,
+        entropy_bonus: float = 0.0,
+        reference: str | Path | None = None,
+        temperature: float = 1.0,
+        max_tokens: int | None = None,
         tokens_per_microbatch: int = 1024,
         gradient_checkpointing: bool = False,
         threads: int | None = None,
@@ -87,7 +102,10 @@ class Learner:
             raise ValueError(f"tokens_per_microbatch is {tokens_per_microbatch}; it must be at least 1")
         self.rank, self.world_size, self.steps = rank, world_size, 0
         self.schedule = Schedule(lr, warmup_steps, total_steps, schedule, min_lr_ratio)
-        self._loss = make_loss(loss, loss_options)
+        if aggregation == "fixed_length" and max_tokens is None:
+            raise ValueError("the aggregation 'fixed_length' needs max_tokens, the length that it divides by")
+        self._loss = make_objective(loss, loss_options, aggregation, correction, kl, kl_coef, kl_unbiased)
+        self._entropy_bonus, self._max_tokens = entropy_bonus, max_tokens or 1
         self._budget = tokens_per_microbatch
         config = merged(
             {
@@ -113,7 +131,9 @@ class Learner:
             self._optimizer = torch.optim.AdamW(
                 self.model.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
             )
-            self._engine = _initialize(Policy(self.model), self._optimizer, config)
+            policy = Policy(self.model, temperature, learns_entropy=entropy_bonus > 0)
+            self._engine = _initialize(policy, self._optimizer, config)
+            self._reference = _frozen(reference, _DTYPES[dtype], temperature, config) if reference else None
         except BaseException:
             leave()
             raise
@@ -139,7 +159,7 @@ class Learner:
         batches, totals = self._plan(samples)
         with self._one_reduction():
             shares = [self._accumulate(batch) for batch in batches]
-        metrics = totals | self._combined(shares)
+        metrics = totals | summary(self._combined(shares))
         middle = time.perf_counter()
         metrics["lr"] = self.schedule.at(self.steps) if lr is None else lr
         for group in self._optimizer.param_groups:
@@ -149,6 +169,28 @@ class Learner:
         metrics["grad_norm"] = float(self._engine.get_global_grad_norm())
         metrics["skipped"] = float(not self._engine.was_step_applied())
         return metrics | {"forward_backward_s": middle - started, "optimizer_s": time.perf_counter() - middle}
+
+    @torch.no_grad()
+    def logprobs(self, samples: Sequence[Sample], *, reference: bool = False) -> list[np.ndarray]:
+        """Log-probs of the responses' tokens by the policy as it stands, or by the reference.
+
+        Returns:
+            [R] float32 of each sample, 0 where the policy is not charged for the token.
+        """
+        model = self._reference if reference else self._engine
+        if model is None:
+            raise ValueError("this learner has no reference model")
+        plans = pack([len(s) for s in samples], self._budget)
+        (rounds,) = map(int, reduced([len(plans)], ReduceOp.MAX, self.device))
+        found: list[np.ndarray] = [np.zeros(0)] * len(samples)
+        model.eval()
+        for i in range(rounds):
+            batch = collate(samples, plans[i]) if i < len(plans) else filler()
+            values = score(model, batch.to(self.device))[0].cpu().numpy()
+            for j, row in uncollate(values, samples, plans[i]) if i < len(plans) else ():
+                found[j] = row
+        self._engine.train()
+        return found
 
     def _plan(self, samples: Sequence[Sample]) -> tuple[list[Batch], dict[str, float]]:
         """This rank's micro-batches, as many as on every other rank, and the totals of the step."""
@@ -172,7 +214,8 @@ class Learner:
         batches = [collate(samples, plan) for plan in plans] + [filler()] * (microbatches - len(plans))
         totals["padding"] = 1.0 - totals["tokens"] / totals.pop("positions")
         totals["microbatches"] = microbatches
-        return [replace(b, total_tokens=weight, total_sequences=sequences) for b in batches], totals
+        by: dict[str, Any] = {"total_tokens": weight, "total_sequences": sequences, "max_tokens": self._max_tokens}
+        return [replace(b, **by) for b in batches], totals
 
     def _one_reduction(self) -> AbstractContextManager[None]:
         return self._engine.coalesce_grad_reduction() if self._reduce_once else nullcontext()
@@ -182,9 +225,11 @@ class Learner:
         batch = batch.to(self.device)
         logprobs, entropy = score(self._engine, batch)
         share, metrics = self._loss(logprobs, batch)
+        mean_entropy = (entropy * batch.mask).sum() / batch.total_tokens
+        share = share - self._entropy_bonus * mean_entropy
         # DeepSpeed averages over ranks; the shares are meant to be summed.
         self._engine.backward(share * self.world_size, scale_wrt_gas=False)
-        return metrics | {"loss": share.detach(), "entropy": (entropy * batch.mask).sum() / batch.total_tokens}
+        return metrics | {"loss": share.detach(), "entropy": mean_entropy.detach()}
 
     def _combined(self, shares: list[dict[str, Tensor]]) -> dict[str, float]:
         """Shares of metrics over micro-batches and ranks: summed, or their largest where the name ends in `_max`."""
@@ -240,6 +285,8 @@ class Learner:
     def close(self) -> None:
         """Frees the engine and leaves the process group; the process may make another learner after it."""
         self._engine.destroy()
+        if self._reference is not None:
+            self._reference.destroy()
         leave()
 
 
@@ -258,4 +305,16 @@ def _initialize(policy: Policy, optimizer: torch.optim.Optimizer, config: dict[s
     size = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
     config = merged({"zero_optimization": {"reduce_bucket_size": min(size, 500_000_000)}}, config)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
+    return engine
+
+
+def _frozen(model_dir: str | Path, dtype: torch.dtype, temperature: float, config: Mapping[str, Any]) -> Any:
+    """An engine around a model that does not learn; under ZeRO-3 each rank holds its part of it."""
+    import deepspeed
+
+    stage = 3 if config["zero_optimization"]["stage"] == 3 else 0
+    kept = {k: v for k, v in config.items() if k in ("train_micro_batch_size_per_gpu", "bf16", "torch_autocast")}
+    kept["zero_optimization"] = config["zero_optimization"] if stage == 3 else {"stage": 0}
+    model = load_model(model_dir, dtype, kept if stage == 3 else None).requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=Policy(model, temperature), config=kept)
     return engine

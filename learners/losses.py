@@ -1,25 +1,25 @@
-"""Losses: pure functions of log-probs and a batch; the learner does not know one by name.
+"""Policy losses: pure functions of log-probs and a batch; the learner does not know one by name.
 
-`loss(logprobs, batch, **options) -> (share, metrics)`. `logprobs` is [rows, L], laid out as `batch`. `share` is this
-micro-batch's share of the loss: the shares of all micro-batches and ranks add up to the mean over the optimiser step,
-because each divides by the step's totals, never by its own. The same holds for every metric but those that end in
-`_max`, of which the largest counts.
+`loss(logprobs, batch, **options) -> (per_token, shown)`: the loss of every token, [rows, L] laid out as `batch`, and
+what to show of it, [rows, L] values by the name of a metric. How tokens add up to the loss of a step is an aggregation
+(`learners.aggregation`), what makes up for samples of an older policy a correction (`learners.correction`); the sum of
+all is built by `learners.objective`.
+
+The ratio of a loss is pi / proximal, where the proximal policy is the one before the first update of the step
+(decoupled PPO, arXiv 2110.00641; used asynchronously by AReaL, arXiv 2505.24298).
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from learners.packing import Batch
 
-Metrics = dict[str, Tensor]
-Loss = Callable[[Tensor, Batch], tuple[Tensor, Metrics]]
+PerToken = tuple[Tensor, dict[str, Tensor]]
 
 #: Bound on the size of log-ratios, so that a token the policy has all but given up cannot overflow `exp`.
 MAX_LOG_RATIO = 20.0
@@ -27,89 +27,82 @@ MAX_LOG_RATIO = 20.0
 
 def grpo(
     logprobs: Tensor, batch: Batch, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 10.0
-) -> tuple[Tensor, Metrics]:
-    """Token-level clipped surrogate, mean over the tokens of the step.
+) -> PerToken:
+    """Token-level clipped surrogate.
 
-    min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi / sampler of one token (PPO, arXiv 1707.06347; group
-    advantages: DeepSeekMath, arXiv 2402.03300; separate bounds and token mean: DAPO, arXiv 2503.14476). For A < 0 the
-    surrogate is at least dual_clip A (arXiv 1912.09729).
+    min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi / proximal of one token (PPO, arXiv 1707.06347; with
+    group advantages: DeepSeekMath, arXiv 2402.03300; with two bounds: DAPO, arXiv 2503.14476). For A < 0 the surrogate
+    is at least dual_clip A (arXiv 1912.09729).
     """
-    log_ratio = _log_ratio(logprobs, batch)
-    ratio, adv = log_ratio.exp(), batch.advantages
+    ratio, adv = log_ratio(logprobs, batch).exp(), batch.advantages
     clipped = torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
     surrogate = torch.where(adv < 0, torch.maximum(clipped, dual_clip * adv), clipped)
-    per_token = batch.mask / batch.total_tokens
-    share = -(surrogate * per_token).sum()
-    return share, _off_policy(log_ratio, ratio, surrogate != ratio * adv, batch)
+    return -surrogate, _shown(ratio, surrogate != ratio * adv)
 
 
-def gspo(logprobs: Tensor, batch: Batch, clip_low: float = 3e-4, clip_high: float = 4e-4) -> tuple[Tensor, Metrics]:
-    """Sequence-level clipped surrogate, mean over sequences of the mean over tokens (GSPO, arXiv 2507.18071).
+def gspo(logprobs: Tensor, batch: Batch, clip_low: float = 3e-4, clip_high: float = 4e-4) -> PerToken:
+    """Sequence-level clipped surrogate (GSPO, arXiv 2507.18071).
 
     The ratio of a sequence is the geometric mean of its tokens' ratios, s = exp(mean_t log r_t). Each token carries
     sg[s] pi / sg[pi] (the paper's GSPO-token): the value is the sequence's, the gradient flows through the token.
     """
-    log_ratio = _log_ratio(logprobs, batch)
-    charged = (batch.mask > 0).to(logprobs.dtype)
-    length = _per_sequence(charged, batch).clamp(min=1.0)
-    mean_log_ratio = _per_sequence(log_ratio.detach() * charged, batch) / length
-    ratio = mean_log_ratio.exp()[batch.sequence] * (logprobs - logprobs.detach()).exp()
-    adv = batch.advantages
+    mean = batch.means(log_ratio(logprobs, batch).detach())
+    ratio, adv = mean.exp() * (logprobs - logprobs.detach()).exp(), batch.advantages
     surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
-    per_token = batch.mask / length[batch.sequence] / batch.total_sequences
-    share = -(surrogate * per_token).sum()
-    return share, _off_policy(log_ratio, ratio, surrogate != ratio * adv, batch)
+    return -surrogate, _shown(ratio, surrogate != ratio * adv)
 
 
-def sft(logprobs: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-    """Negative log-likelihood, mean over the tokens of the step."""
-    return -(logprobs * batch.mask / batch.total_tokens).sum(), {}
+def cispo(logprobs: Tensor, batch: Batch, clip_high: float = 4.0) -> PerToken:
+    """REINFORCE with a bounded ratio as its weight: sg[min(r, 1 + clip_high)] A log pi (MiniMax-M1, arXiv 2506.13585).
+
+    No token loses its gradient. The paper bounds the ratio from above alone and does not give the bound; 5 is what TRL
+    recommends after ScaleRL (arXiv 2510.13786).
+    """
+    ratio = log_ratio(logprobs, batch).exp().detach()
+    bounded = ratio.clamp(max=1 + clip_high)
+    return -bounded * batch.advantages * logprobs, _shown(ratio, bounded != ratio)
+
+
+def rloo(logprobs: Tensor, batch: Batch, clip_low: float = 0.2, clip_high: float = 0.2) -> PerToken:
+    """Clipped surrogate of whole sequences, whose ratio is the product of their tokens' (RLOO, arXiv 2402.14740).
+
+    In the first update of a step the ratio is 1 and its gradient that of the paper, A grad log pi(sequence). For later
+    updates the bounds are PPO's, as in TRL's RLOOTrainer.
+    """
+    product = batch.sums(log_ratio(logprobs, batch)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio, adv = product.exp(), batch.advantages
+    surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
+    return -surrogate, _shown(ratio, surrogate != ratio * adv)
+
+
+def sft(logprobs: Tensor, batch: Batch) -> PerToken:
+    """Negative log-likelihood."""
+    return -logprobs, {}
+
+
+class Entry(NamedTuple):
+    """A loss, and the aggregation that it was published with."""
+
+    function: Callable[..., PerToken]
+    aggregation: str
 
 
 #: Name in a config -> loss.
-LOSSES: dict[str, Callable[..., tuple[Tensor, Metrics]]] = {"grpo": grpo, "gspo": gspo, "sft": sft}
+LOSSES: dict[str, Entry] = {
+    "grpo": Entry(grpo, "token_mean"),
+    "gspo": Entry(gspo, "sequence_mean"),
+    "cispo": Entry(cispo, "token_mean"),
+    "rloo": Entry(rloo, "sequence_mean"),
+    "sft": Entry(sft, "token_mean"),
+}
 
 
-def make_loss(name: str, options: Mapping[str, Any] | None = None) -> Loss:
-    """The loss of that name with its options bound.
-
-    Raises:
-        ValueError: no such loss, no such option, or a value that is not a positive number.
-    """
-    if name not in LOSSES:
-        raise ValueError(f"there is no loss '{name}'; there are: {', '.join(LOSSES)}")
-    known = list(inspect.signature(LOSSES[name]).parameters)[2:]
-    for option, value in (options or {}).items():
-        if option not in known:
-            raise ValueError(f"loss '{name}' has no option '{option}'; it has: {', '.join(known) or 'none'}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"option '{option}' of loss '{name}' must be a positive number, not {value!r}")
-    return partial(LOSSES[name], **(options or {}))
+def log_ratio(logprobs: Tensor, batch: Batch) -> Tensor:
+    """[rows, L] log pi - log proximal, 0 outside the mask; where there is no proximal, pi is."""
+    proximal = logprobs.detach() if batch.proximal is None else batch.proximal
+    return torch.where(batch.charged, logprobs - proximal, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def _log_ratio(logprobs: Tensor, batch: Batch) -> Tensor:
-    """[rows, L] log pi - log sampler, 0 outside the mask."""
-    return torch.where(batch.mask > 0, logprobs - batch.logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-
-
-def _per_sequence(values: Tensor, batch: Batch) -> Tensor:
-    """[sequences] sums of [rows, L] values, which are 0 outside the mask."""
-    sums = values.new_zeros(batch.sequences)
-    return sums.index_add(0, batch.sequence.flatten(), values.flatten())
-
-
-@torch.no_grad()
-def _off_policy(log_ratio: Tensor, ratio: Tensor, clipped: Tensor, batch: Batch) -> Metrics:
-    """How far the policy has moved from the sampler.
-
-    `kl_behaviour` is the k3 estimate of KL(sampler || pi), r - 1 - log r (joschu.net/blog/kl-approx.html).
-    `clip_share` is the share of tokens whose surrogate was clipped.
-    """
-    per_token = batch.mask / batch.total_tokens
-    charged = batch.mask > 0
-    return {
-        "ratio_mean": (ratio * per_token).sum(),
-        "ratio_max": torch.where(charged, ratio, 0.0).max(),
-        "kl_behaviour": ((log_ratio.exp() - 1 - log_ratio) * per_token).sum(),
-        "clip_share": ((clipped & charged) * per_token).sum(),
-    }
+def _shown(ratio: Tensor, clipped: Tensor) -> dict[str, Tensor]:
+    """`clip_share` is the share of tokens whose surrogate was clipped."""
+    return {"ratio_mean": ratio.detach(), "ratio_max": ratio.detach(), "clip_share": clipped}

@@ -10,7 +10,7 @@ Only `prompt + response - 1` tokens go through the model: the last one predicts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,21 +25,25 @@ class Sample:
     Attributes:
         prompt_ids: [P] token ids the policy was given, at least one.
         token_ids: [R] sampled token ids, at least one.
-        logprobs: [R] float32, the sampler's log-prob of each sampled token, at temperature 1.
+        logprobs: [R] float32, the sampler's log-prob of each sampled token.
         mask: [R] uint8, 1 where the policy is charged for the token.
-        advantage: one number for the whole sequence.
+        advantage: one number for the whole sequence, or [R], one a token.
         weight: multiplies the sequence's share of the loss and of its normaliser; 0 leaves it out.
+        proximal: [R] float32, the learner's log-probs before the first update of the step, if they were taken.
+        reference: [R] float32, those of the reference model, if there is one.
 
     Raises:
-        ValueError: tokens, log-probs and mask differ in length, or hold a value that would poison the step.
+        ValueError: tokens and what belongs to each differ in length, or hold a value that would poison the step.
     """
 
     prompt_ids: np.ndarray
     token_ids: np.ndarray
     logprobs: np.ndarray
     mask: np.ndarray
-    advantage: float = 0.0
+    advantage: float | np.ndarray = 0.0
     weight: float = 1.0
+    proximal: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.prompt_ids = _token_ids("prompt_ids", self.prompt_ids)
@@ -52,12 +56,15 @@ class Sample:
                 f"sample is misaligned: {size[0]} token_ids, logprobs of shape {self.logprobs.shape}, "
                 f"mask of shape {mask.shape}; give one log-prob and one mask value a sampled token"
             )
+        for name in ("advantage", "proximal", "reference"):
+            if np.shape(values := getattr(self, name)) not in ((), size):
+                raise ValueError(f"sample is misaligned: {size[0]} token_ids, {name} of shape {np.shape(values)}")
         if not np.isin(mask, (0, 1)).all():
             raise ValueError("sample's mask holds a value other than 0 and 1")
         self.mask = mask.astype(np.uint8)
         if not np.isfinite(self.logprobs[self.mask == 1]).all():
             raise ValueError("sample's logprobs are not finite where the mask is 1; drop the sample")
-        if not np.isfinite(self.advantage):
+        if not np.isfinite(self.advantage).all():
             raise ValueError(f"sample's advantage is {self.advantage}; it must be finite")
         if not (np.isfinite(self.weight) and self.weight >= 0):
             raise ValueError(f"sample's weight is {self.weight}; it must be finite and not negative")
@@ -146,12 +153,15 @@ class Batch:
         input_ids, position_ids: [rows, L] int64.
         targets: [rows, L] int64, the token to be predicted; 0 where there is none.
         logprobs: [rows, L] float32 of the sampler; 0 where the mask is 0.
+        proximal, reference: [rows, L] float32, likewise of the policy before the first update of the step and of the
+            reference model; None where the samples do not have them.
         advantages: [rows, L] float32.
         mask: [rows, L] float32, the sequence's weight where the target is charged to the policy, else 0.
         sequence: [rows, L] int64, which of the micro-batch's sequences the target belongs to; 0 where the mask is 0.
         sequences: number of sequences in the micro-batch.
         total_tokens, total_sequences: what a loss divides by: the sums over the whole optimiser step, all ranks and
             micro-batches together, of `mask`, and of the weights of sequences with a charged token.
+        max_tokens: the longest response that may be sampled.
     """
 
     input_ids: torch.Tensor
@@ -162,8 +172,31 @@ class Batch:
     mask: torch.Tensor
     sequence: torch.Tensor
     sequences: int
+    proximal: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
     total_tokens: float = 1.0
     total_sequences: float = 1.0
+    max_tokens: float = 1.0
+
+    @property
+    def charged(self) -> torch.Tensor:
+        """[rows, L] bool, where a token counts."""
+        return self.mask > 0
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """[rows, L] sums of values over the charged tokens of each token's sequence."""
+        totals = values.new_zeros(self.sequences)
+        kept = torch.where(self.charged, values, 0.0)
+        return totals.index_add(0, self.sequence.flatten(), kept.flatten())[self.sequence]
+
+    def means(self, values: torch.Tensor) -> torch.Tensor:
+        """[rows, L] means of values over the charged tokens of each token's sequence."""
+        return self.sums(values) / self.lengths
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[rows, L] charged tokens of each token's sequence, at least 1."""
+        return self.sums(torch.ones_like(self.mask)).clamp(min=1.0)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -175,29 +208,55 @@ def collate(samples: Sequence[Sample], plan: Plan) -> Batch:
     """Lays the plan's samples out as tensors of [rows, L]."""
     shape = (len(plan.rows), plan.length)
     ids, positions, targets, sequence = (np.zeros(shape, dtype=np.int64) for _ in range(4))
-    logprobs, advantages, mask = (np.zeros(shape, dtype=np.float32) for _ in range(3))
-    sequences = 0
-    for r, row in enumerate(plan.rows):
+    logprobs, proximal, reference, advantages, mask = (np.zeros(shape, dtype=np.float32) for _ in range(5))
+    places = _places(samples, plan)
+    for number, (i, row, start, said) in enumerate(places):
+        s = samples[i]
+        ids[row, start : start + len(s)] = np.concatenate([s.prompt_ids, s.token_ids[:-1]])
+        positions[row, start:] = np.arange(shape[1] - start)
+        targets[row, said] = s.token_ids
+        for out, values in ((logprobs, s.logprobs), (proximal, s.proximal), (reference, s.reference)):
+            if values is not None:
+                out[row, said] = np.where(s.mask == 1, values, 0.0)
+        advantages[row, said] = s.advantage
+        mask[row, said] = s.mask * s.weight
+        sequence[row, said] = number
+    with_proximal = all(samples[i].proximal is not None for i, *_ in places)
+    with_reference = all(samples[i].reference is not None for i, *_ in places)
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        targets=torch.from_numpy(targets),
+        logprobs=torch.from_numpy(logprobs),
+        advantages=torch.from_numpy(advantages),
+        mask=torch.from_numpy(mask),
+        sequence=torch.from_numpy(sequence),
+        sequences=len(places),
+        proximal=torch.from_numpy(proximal) if with_proximal else None,
+        reference=torch.from_numpy(reference) if with_reference else None,
+    )
+
+
+def uncollate(values: np.ndarray, samples: Sequence[Sample], plan: Plan) -> Iterator[tuple[int, np.ndarray]]:
+    """From [rows, L] values of a micro-batch, the index of each of its samples and the [R] values of its tokens."""
+    for i, row, _, said in _places(samples, plan):
+        yield i, values[row, said]
+
+
+def _places(samples: Sequence[Sample], plan: Plan) -> list[tuple[int, int, int, slice]]:
+    """Of each sequence of a plan: its index, its row, where it starts, and the columns that predict its response."""
+    places = []
+    for row, indices in enumerate(plan.rows):
         start = 0
-        for s in (samples[i] for i in row):
-            size, first = len(s), len(s.prompt_ids) - 1
-            ids[r, start : start + size] = np.concatenate([s.prompt_ids, s.token_ids[:-1]])
-            positions[r, start:] = np.arange(shape[1] - start)
-            said = slice(start + first, start + size)
-            targets[r, said] = s.token_ids
-            logprobs[r, said] = np.where(s.mask == 1, s.logprobs, 0.0)
-            advantages[r, said] = s.advantage
-            mask[r, said] = s.mask * s.weight
-            sequence[r, said] = sequences
-            sequences += 1
-            start += size
-    ids_, positions_, targets_, sequence_ = map(torch.from_numpy, (ids, positions, targets, sequence))
-    logprobs_, advantages_, mask_ = map(torch.from_numpy, (logprobs, advantages, mask))
-    return Batch(ids_, positions_, targets_, logprobs_, advantages_, mask_, sequence_, sequences)
+        for i in indices:
+            end = start + len(samples[i])
+            places.append((i, row, start, slice(start + len(samples[i].prompt_ids) - 1, end)))
+            start = end
+    return places
 
 
 def filler() -> Batch:
     """A micro-batch of two tokens without weight: a rank that has run out runs it to stay in step with the others."""
     zero = np.zeros(1, dtype=np.int64)
-    sample = Sample(np.zeros(2, dtype=np.int64), zero, zero, zero)
+    sample = Sample(np.zeros(2, dtype=np.int64), zero, zero, zero, proximal=zero, reference=zero)
     return collate([sample], Plan(((0,),), len(sample)))

@@ -56,11 +56,16 @@ def _splits(config: Mapping[str, Any]) -> object:
 
 
 class Policy(nn.Module):
-    """Wraps a causal language model, so that one forward call yields log-probs instead of logits."""
+    """Wraps a causal language model, so that one forward call yields log-probs instead of logits.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        temperature: logits are divided by it, as they are when the policy is sampled.
+        learns_entropy: entropies carry a gradient.
+    """
+
+    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, learns_entropy: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._temperature, self._learns_entropy = model, temperature, learns_entropy
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, charged: Tensor
@@ -72,8 +77,8 @@ class Policy(nn.Module):
             charged: [rows, L] bool, where the log-prob of the target is wanted.
 
         Returns:
-            log-probs of the targets, and entropies of the distributions they were drawn from (without gradient):
-            both [rows, L] float32, 0 where not wanted.
+            log-probs of the targets, and entropies of the distributions they were drawn from: both [rows, L]
+            float32, 0 where not wanted.
         """
         hidden = self.model.base_model(
             input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
@@ -81,7 +86,7 @@ class Policy(nn.Module):
         where = charged.flatten().nonzero().squeeze(-1)
         scores = self._scores(hidden.flatten(0, 1).index_select(0, where), targets.flatten().index_select(0, where))
         out = scores.new_zeros(charged.numel(), 2).index_copy(0, where, scores).view(*charged.shape, 2)
-        return out[..., 0], out[..., 1].detach()
+        return out[..., 0], out[..., 1] if self._learns_entropy else out[..., 1].detach()
 
     def _scores(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """[N, hidden], [N] -> [N, 2] log-probs and entropies."""
@@ -92,10 +97,12 @@ class Policy(nn.Module):
         return torch.cat([checkpoint(self._score, h, t, use_reentrant=False) for h, t in pieces])
 
     def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(hidden)
-        distribution = torch.log_softmax(logits.float(), dim=-1)
+        logits = self.model.get_output_embeddings()(hidden).float()
+        if self._temperature != 1.0:
+            logits = logits / self._temperature
+        distribution = torch.log_softmax(logits, dim=-1)
         chosen = distribution.gather(-1, targets[:, None])
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._learns_entropy):
             entropy = -(distribution.exp() * distribution).sum(-1, keepdim=True)
         return torch.cat([chosen, entropy], dim=-1)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -73,11 +76,18 @@ def test_the_gradient_is_that_of_one_big_batch_whatever_the_micro_batches(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_steps_lower_the_loss_on_the_same_samples(learner: Make, samples: list[Sample], loss: str) -> None:
-    options = {"clip_low": 1.0, "clip_high": 10.0} if loss != "sft" else {}
+def test_steps_make_good_samples_likelier_and_bad_ones_less_so(learner: Make, samples: list[Sample], loss: str) -> None:
+    options = {o: 10.0 for o in ("clip_low", "clip_high") if o in signature(LOSSES[loss].function).parameters}
     engine = learner(loss=loss, loss_options=options, lr=1e-2)
-    losses = [engine.step(samples)["loss"] for _ in range(4)]
-    assert losses[-1] < losses[0]
+
+    def liking() -> float:
+        gains = [1.0 if loss == "sft" else s.advantage for s in samples]
+        return sum(g * s.weight * p.mean() for g, s, p in zip(gains, samples, engine.logprobs(samples), strict=True))
+
+    before = liking()
+    for _ in range(4):
+        engine.step(samples)
+    assert liking() > before
 
 
 def test_the_step_reports_what_it_did(learner: Make, samples: list[Sample]) -> None:
@@ -101,7 +111,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported(
 ) -> None:
     engine = learner(dtype=dtype, zero_stage=zero_stage)
     loss = engine._loss
-    engine._loss = lambda logprobs, batch: (loss(logprobs, batch)[0] * float("nan"), {})
+    engine._loss = lambda logprobs, batch: (loss(logprobs, batch)[0] * float("nan"), {})  # type: ignore[assignment]
     before = weights(engine)
     assert engine.step(samples)["skipped"] == 1.0
     assert distance(weights(engine), before) == 0.0
@@ -160,6 +170,88 @@ def test_recomputed_activations_give_the_same_step(learner: Make, samples: list[
     assert distance(again, kept) < 1e-5
 
 
+def exact_logprobs(model_dir: Path, sample: Sample, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """[R] log-probs and entropies of a sample's tokens by Transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
+    said = len(sample.token_ids)
+    every = torch.log_softmax(model(ids).logits[0, :-1] / temperature, -1)[-said:]
+    return every.gather(-1, ids[0, -said:, None])[:, 0], -(every.exp() * every).sum(-1)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_log_probs_are_the_policys_and_the_references(
+    learner: Make, model_dir: Path, samples: list[Sample], zero_stage: int
+) -> None:
+    engine = learner(zero_stage=zero_stage, reference=model_dir, lr=1e-2)
+    expected = [exact_logprobs(model_dir, s)[0].detach().numpy() * s.mask for s in samples]
+    for reference in (False, True):
+        for found, exact in zip(engine.logprobs(samples, reference=reference), expected, strict=True):
+            np.testing.assert_allclose(found, exact, atol=1e-5)
+    engine.step(samples)
+    moved, still = (engine.logprobs(samples, reference=r) for r in (False, True))
+    assert max(np.abs(a - b).max() for a, b in zip(moved, expected, strict=True)) > 0.01
+    assert max(np.abs(a - b).max() for a, b in zip(still, expected, strict=True)) < 1e-5
+    assert engine.logprobs([]) == []
+
+
+def test_a_reference_that_was_not_given_is_missed(learner: Make, samples: list[Sample]) -> None:
+    with pytest.raises(ValueError, match="no reference model"):
+        learner().logprobs(samples, reference=True)
+
+
+def test_taking_log_probs_between_updates_changes_no_update(learner: Make, samples: list[Sample]) -> None:
+    results = []
+    for looks in (False, True):
+        engine = learner(zero_stage=3)
+        for _ in range(3):
+            engine.step(samples)
+            if looks:
+                engine.logprobs(samples)
+        results.append(weights(engine))
+    assert distance(*results) == 0.0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_entropy_bonus_adds_the_gradient_of_the_mean_entropy(
+    learner: Make, model_dir: Path, samples: list[Sample], temperature: float
+) -> None:
+    plain, without = gradient_of_step(learner(temperature=temperature, grad_clip=0.0), samples)
+    bonus, with_bonus = gradient_of_step(learner(temperature=temperature, grad_clip=0.0, entropy_bonus=0.5), samples)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    total = sum(s.charged * s.weight for s in samples)
+    mean = torch.zeros(())
+    for s in samples:
+        ids = torch.tensor([[*s.prompt_ids, *s.token_ids]])
+        every = torch.log_softmax(model(ids).logits[0, :-1] / temperature, -1)[-len(s.token_ids) :]
+        mean = mean - ((every.exp() * every).sum(-1) * torch.from_numpy(s.mask)).sum() * s.weight / total
+    mean.backward()
+    assert with_bonus["entropy"] == without["entropy"] == pytest.approx(mean.item(), rel=1e-5)
+    assert with_bonus["loss"] == pytest.approx(without["loss"] - 0.5 * mean.item(), rel=1e-5)
+    exact = {n: -0.5 * p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert distance({n: bonus[n] - plain[n] for n in bonus}, exact) < 1e-4
+
+
+def test_the_policy_that_learns_is_the_one_at_the_sampling_temperature(
+    learner: Make, model_dir: Path, samples: list[Sample]
+) -> None:
+    engine = learner(temperature=0.7)
+    for found, s in zip(engine.logprobs(samples), samples, strict=True):
+        exact, _ = exact_logprobs(model_dir, s, 0.7)
+        np.testing.assert_allclose(found, exact.detach().numpy() * s.mask, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_step_of_equal_rewards_changes_nothing_and_is_finite(
+    learner: Make, samples: list[Sample], zero_stage: int
+) -> None:
+    engine = learner(zero_stage=zero_stage, correction={"truncate_tokens": {}})
+    before = weights(engine)
+    metrics = engine.step([replace(s, advantage=0.0) for s in samples])
+    assert all(map(math.isfinite, metrics.values())) and metrics["grad_norm"] == 0.0
+    assert distance(weights(engine), before) == 0.0
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -167,6 +259,7 @@ def test_recomputed_activations_give_the_same_step(learner: Make, samples: list[
         ({"zero_stage": 0}, "zero_stage 0 is not one of"),
         ({"tokens_per_microbatch": 0}, "tokens_per_microbatch"),
         ({"loss": "ppo"}, "no loss 'ppo'"),
+        ({"aggregation": "fixed_length"}, "needs max_tokens"),
         ({"schedule": "cosine"}, "needs total_steps"),
         ({"rank": 1}, "outside a world of 1"),
         ({"world_size": 2}, "master_port"),

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from learners.losses import LOSSES, make_loss
+from learners.losses import LOSSES
+from learners.objective import make_objective
 from learners.packing import Batch, Plan, Sample, collate
 
 
@@ -29,12 +30,12 @@ def ratios(*values: float, advantage: float, weight: float = 1.0) -> tuple[Sampl
 
 
 def run(name: str, *cases: tuple[Sample, list[float]], **options: Any) -> tuple[float, torch.Tensor, dict[str, float]]:
-    """The loss, its gradient by log-prob in order, and its metrics."""
+    """The loss with nothing added, its gradient by log-prob in order, and its metrics; old is what sampled."""
     batch = batch_of(*(s for s, _ in cases))
     logprobs = torch.zeros_like(batch.logprobs)
     logprobs[batch.mask > 0] = torch.tensor([v for s, new in cases if s.weight for v in new])
     logprobs.requires_grad_()
-    loss, metrics = make_loss(name, options)(logprobs, batch)
+    loss, metrics = make_objective(name, options)(logprobs, batch)
     loss.backward()
     assert logprobs.grad is not None
     assert (logprobs.grad[batch.mask == 0] == 0).all()
@@ -97,6 +98,27 @@ def test_gspo_clips_whole_sequences() -> None:
     assert metrics["clip_share"] == pytest.approx(2 / 3)
 
 
+def test_cispo_bounds_the_weight_of_a_token_and_keeps_its_gradient() -> None:
+    loss, grad, metrics = run("cispo", ratios(1.5, 0.5, advantage=2.0), ratios(9.0, advantage=-1.0), clip_high=0.2)
+    new = [math.log(1.5) - 1, math.log(0.5) - 2, math.log(9.0) - 1]
+    assert loss == pytest.approx(-(1.2 * 2 * new[0] + 0.5 * 2 * new[1] - 1.2 * new[2]) / 3, rel=1e-5)
+    assert grad.tolist() == pytest.approx([-1.2 * 2 / 3, -0.5 * 2 / 3, 1.2 / 3], rel=1e-5)
+    assert metrics["clip_share"] == pytest.approx(2 / 3)
+
+
+def test_rloo_in_the_first_update_is_reinforce_on_whole_sequences() -> None:
+    loss, grad, _ = run("rloo", ratios(1.0, 1.0, 1.0, advantage=2.0), ratios(1.0, advantage=-1.0))
+    assert loss == pytest.approx(-(2.0 - 1.0) / 2)
+    assert grad.tolist() == pytest.approx([-1.0, -1.0, -1.0, 0.5])
+
+
+def test_rloo_clips_the_product_of_a_sequences_ratios() -> None:
+    loss, grad, metrics = run("rloo", ratios(1.1, 1.15, advantage=1.0), ratios(1.1, advantage=1.0))
+    assert loss == pytest.approx(-(1.2 + 1.1) / 2)
+    assert grad.tolist() == pytest.approx([0.0, 0.0, -0.55], rel=1e-5)
+    assert metrics["clip_share"] == pytest.approx(2 / 3)
+
+
 def test_sft_is_the_mean_negative_log_likelihood() -> None:
     loss, grad, metrics = run("sft", ratios(1.0, 1.0, advantage=0.0), ratios(1.0, advantage=0.0))
     assert loss == pytest.approx((1 + 2 + 1) / 3)
@@ -126,14 +148,14 @@ def test_shares_of_micro_batches_add_up_to_the_whole(name: str) -> None:
         batch = replace(batch_of(sample), total_tokens=whole.total_tokens, total_sequences=whole.total_sequences)
         logprobs = torch.zeros_like(batch.logprobs)
         logprobs[batch.mask > 0] = torch.tensor(new)
-        shares.append(LOSSES[name](logprobs, batch)[0].item())
+        shares.append(make_objective(name)(logprobs, batch)[0].item())
     assert sum(shares) == pytest.approx(run(name, *cases)[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("ppo", {}, "no loss 'ppo'; there are: grpo, gspo, sft"),
+        ("ppo", {}, "no loss 'ppo'; there are: grpo, gspo, cispo, rloo, sft"),
         ("grpo", {"clip": 0.2}, "no option 'clip'; it has: clip_low, clip_high, dual_clip"),
         ("sft", {"clip_low": 0.2}, "no option 'clip_low'; it has: none"),
         ("grpo", {"clip_low": -0.1}, "positive number"),
@@ -144,4 +166,4 @@ def test_shares_of_micro_batches_add_up_to_the_whole(name: str) -> None:
 )
 def test_an_unknown_loss_or_option_is_refused(name: str, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        make_loss(name, options)
+        make_objective(name, options)

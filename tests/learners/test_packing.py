@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learners.packing import FULL_ROW, Plan, Sample, collate, filler, pack, shard
+from learners.packing import FULL_ROW, Plan, Sample, collate, filler, pack, shard, uncollate
 from learners.policy import Policy, load_model, score
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=60)
@@ -59,6 +59,8 @@ def test_a_length_or_budget_below_one_is_refused(lengths: list[int], budget: int
         ({"logprobs": [-1.0]}, "misaligned"),
         ({"mask": [1, 0, 1]}, "misaligned"),
         ({"token_ids": [3, 4, 5]}, "misaligned"),
+        ({"advantage": [1.0]}, "advantage of shape"),
+        ({"proximal": [-1.0] * 3}, "proximal of shape"),
         ({"mask": [1, 2]}, "other than 0 and 1"),
         ({"logprobs": [float("nan"), 0.0]}, "not finite"),
         ({"logprobs": [float("-inf"), 0.0]}, "not finite"),
@@ -67,6 +69,7 @@ def test_a_length_or_budget_below_one_is_refused(lengths: list[int], budget: int
         ({"prompt_ids": [1, -2]}, "negative"),
         ({"token_ids": [1.5, 2.0]}, "integers"),
         ({"advantage": float("nan")}, "advantage"),
+        ({"advantage": [0.0, float("nan")]}, "advantage"),
         ({"weight": -1.0}, "weight"),
         ({"weight": float("inf")}, "weight"),
     ],
@@ -93,6 +96,40 @@ def test_the_batch_says_of_each_position_what_it_predicts() -> None:
     assert batch.advantages.tolist() == [[0, 2, 2, -1, -1, 0]]
     assert batch.sequence.tolist() == [[0, 0, 0, 1, 1, 0]]
     assert batch.sequences == 2
+
+
+def test_advantages_may_differ_from_token_to_token() -> None:
+    batch = collate([sample(advantage=[2.0, -1.0])], Plan(((0,),), 3))
+    assert batch.advantages.tolist() == [[0, 2, -1]]
+
+
+def test_log_probs_of_other_policies_are_laid_out_like_the_samplers_if_all_samples_have_them() -> None:
+    with_both = sample(proximal=[-5.0, -6.0], reference=[-7.0, -8.0])
+    batch = collate([with_both], Plan(((0,),), 3))
+    assert batch.proximal is not None and batch.proximal.tolist() == [[0, -5, 0]]
+    assert batch.reference is not None and batch.reference.tolist() == [[0, -7, 0]]
+    mixed = collate([with_both, sample()], Plan(((0,), (1,)), 3))
+    assert mixed.proximal is None and mixed.reference is None
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12), st.integers(1, 40))
+def test_every_token_comes_back_from_where_it_was_laid(sizes: list[tuple[int, int]], budget: int) -> None:
+    samples = [
+        sample(prompt_ids=[0] * p, token_ids=range(i, i + r), logprobs=[-1.0] * r, mask=[1] * r)
+        for i, (p, r) in enumerate(sizes)
+    ]
+    for plan in pack([len(s) for s in samples], budget):
+        for i, targets in uncollate(collate(samples, plan).targets.numpy(), samples, plan):
+            assert targets.tolist() == samples[i].token_ids.tolist()
+
+
+def test_sums_and_means_are_of_the_charged_tokens_of_each_sequence() -> None:
+    other = sample(prompt_ids=[7], token_ids=[8, 9], logprobs=[-3.0, -4.0], mask=[1, 1], weight=0.5)
+    batch = collate([sample(), other], Plan(((0, 1),), 5))
+    values = torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0]])
+    assert batch.sums(values)[batch.charged].tolist() == [1, 6, 6]
+    assert batch.means(values)[batch.charged].tolist() == [1, 3, 3]
+    assert batch.lengths[batch.charged].tolist() == [1, 2, 2]
 
 
 def test_a_filler_has_no_weight() -> None:
