@@ -10,6 +10,7 @@ import os
 import socket
 import warnings
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,3 +84,10 @@ def reduced(values: list[float], op: dist.ReduceOp.RedOpType, device: torch.devi
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op)
     return tensor.tolist()
+
+
+def gathered(own: dict[str, Any]) -> dict[str, Any]:
+    """The union of all ranks' dictionaries, on every rank."""
+    parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
