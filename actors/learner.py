@@ -12,22 +12,30 @@ import socket
 import statistics
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import ray
 
 from actors import metrics
 from actors.weights import publish
-from learners.advantages import ADVANTAGES
+from learners.advantages import overlong, without_spread
+from learners.groups import Answer, answer, chosen
 from learners.packing import Sample
+from learners.step import Recipe, StepPlan, take_step
 from replay.checkpoints import Checkpoints
 from replay.folders import fetched, written
 from replay.record import staleness, version
 from replay.store import Claim
 
+CHOICE_COLUMNS = ["reward", "finish", "logprobs", "mask"]
 TOKEN_COLUMNS = ["prompt_ids", "token_ids", "logprobs", "mask"]
+#: What rank 0 tells the others of a step: its plan, the claims that it holds, and its statistics.
+Agreed = tuple[StepPlan, list[int], dict[str, float]]
 LEASE_S = 1800.0
 COLLECT_S = 600.0  # a collection may write many segments anew
 
@@ -41,8 +49,8 @@ class LearnerRank:
         store, hub: handles.
         model: folder, `s3://...` or hub name to start from.
         options: of `learners.engine.Learner`.
-        recipe: `steps`, `prompts_per_step`, `updates_per_step`, `passes`, `max_staleness`, `advantage`, `shuffled`,
-            `seed`, `checkpoint_every`, `keep`.
+        recipe: of the config's `learner` section (`cluster.config.Learner`), and `max_tokens`, `shuffled`, `seed`,
+            `retention`.
         folder: of checkpoints: a path or `s3://...`.
         incarnation: which life of the run this is.
     """
@@ -67,6 +75,14 @@ class LearnerRank:
         self._history: list[dict[str, float]] = []
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._before = Recipe(
+            advantage=recipe["advantage"],
+            corrected=bool(recipe["correction"]),
+            kl_coef=recipe["kl"]["coef"],
+            kl_estimator=recipe["kl"]["estimator"],
+            kl_in_reward=recipe["kl"]["into"] == "reward",
+        )
+        self._dropped = Counter[str]()
         self._totals = {"busy_s": 0.0, "rows_in": 0, "tokens": 0}
         self._since = time.monotonic()
 
@@ -80,8 +96,10 @@ class LearnerRank:
         """Load model, optimiser and, with `tag`, a checkpoint; returns the optimiser steps done."""
         from learners.engine import Learner
 
+        model = fetched(self._model)
         self._learner = Learner(
-            fetched(self._model),
+            model,
+            reference=model if self._before.kl_coef > 0 else None,
             rank=self._rank,
             world_size=self._ranks,
             master_addr=address[0],
@@ -129,27 +147,27 @@ class LearnerRank:
 
     def _one_step(self) -> None:
         started = time.monotonic()
-        plan = self._agree(self._plan() if self._rank == 0 else None)
+        plan, tokens, stats = self._agree(self._plan() if self._rank == 0 else None)
         waited = time.monotonic() - started
-        samples = self._read(plan)
-        steps = [self._learner.step(part) for part in samples]
+        learnt, advantages = take_step(self._learner, plan, self._read(plan), self._before)
         self._step += 1
         published = time.monotonic()
         self._publish()
         publish_s = time.monotonic() - published
         if self._rank == 0:
-            ends = {name: ("trained", "") for name in plan["trained"]}
-            for token in plan["tokens"]:
-                self._store.now(self._store.ack(token, ends, step=self._step, advantages=plan["trained"]))
+            ends = {name: ("trained", "") for name in advantages}
+            for token in tokens:
+                self._store.now(self._store.ack(token, ends, step=self._step, advantages=advantages))
         if self._step % self._recipe["checkpoint_every"] == 0 or self._step == self._recipe["steps"]:
             self._checkpoint()
-        self._report(plan, steps, time.monotonic() - started, waited, publish_s)
+        self._report(stats | learnt, len(advantages), time.monotonic() - started, waited, publish_s)
 
-    def _plan(self) -> dict[str, Any]:
-        """Claim groups until a step is full; the (trajectory, advantage) of each minibatch."""
+    def _plan(self) -> Agreed:
+        """Claim groups until a step is full, and deal them into minibatches."""
         now = self._version()
         claims: list[Claim] = []
         groups: dict[str, list[dict[str, Any]]] = {}
+        extended = time.monotonic()
         while len(groups) < self._recipe["prompts_per_step"]:
             claim = self._store.now(
                 self._store.claim(
@@ -158,77 +176,70 @@ class LearnerRank:
                     by_group=True,
                     purpose="train",
                     lease_s=LEASE_S,
-                    columns=["reward", "versions", "components"],
+                    columns=[*CHOICE_COLUMNS, "versions", "components"],
                     version=now,
                     max_staleness=self._recipe["max_staleness"],
                     wait_s=5.0,
                 )
             )
-            if claim is None:
+            if time.monotonic() - extended > LEASE_S / 10:
+                extended = time.monotonic()
                 for held in claims:
                     self._store.now(self._store.extend(held.token, LEASE_S))
-                continue
-            claims.append(claim)
-            groups |= self._valid(claim)
-        return self._deal(groups, now) | {"tokens": [c.token for c in claims]}
+            if claim is not None:
+                claims.append(claim)
+                groups |= self._valid(claim)
+        plan, stats = self._deal(groups, now)
+        return plan, [c.token for c in claims], stats
 
     def _valid(self, claim: Claim) -> dict[str, list[dict[str, Any]]]:
-        """Rows by group; a group with fewer than two samples teaches nothing and is dropped with that reason."""
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for row in claim.rows.to_pylist():
-            groups.setdefault(row["group"], []).append(row)
-        lonely = {
-            r["trajectory"]: ("dropped_filtered", "fewer than two valid samples")
-            for rows in groups.values()
-            if len(rows) < 2
-            for r in rows
-        }
-        if lonely:
-            self._store.now(self._store.ack(claim.token, lonely))
-        return {name: rows for name, rows in groups.items() if len(rows) > 1}
+        """Rows by group, of those that the step may learn from; the others end here, with their reasons."""
+        answers = _answers(claim.rows)
+        rows = {r["trajectory"]: r for r in claim.rows.drop_columns(["logprobs", "mask"]).to_pylist()}
+        groups: dict[str, list[Answer]] = {}
+        for name, row in rows.items():
+            groups.setdefault(row["group"], []).append(answers[name])
+        recipe = self._recipe
+        kept, ends = chosen(groups, need_spread=recipe["dynamic_sampling"], need_end=recipe["overlong"]["masked"])
+        if ends:
+            self._store.now(self._store.ack(claim.token, ends))
+        self._dropped["samples"] += sum(status == "dropped_data" for status, _ in ends.values())
+        self._dropped["groups"] += len(groups) - len(kept)
+        return {group: [rows[a.trajectory] | {"answer": a} for a in of] for group, of in kept.items()}
 
-    def _deal(self, groups: Mapping[str, list[dict[str, Any]]], now: int) -> dict[str, Any]:
-        rng = random.Random(f"{self._recipe['seed']}/{self._step}")
-        if self._recipe["shuffled"]:
-            rewards = [r["reward"] for rows in groups.values() for r in rows]
+    def _deal(self, groups: Mapping[str, list[dict[str, Any]]], now: int) -> tuple[StepPlan, dict[str, float]]:
+        """The plan of a step over these groups, and what the step says of itself."""
+        recipe, long = self._recipe, self._recipe["overlong"]
+        rng = random.Random(f"{recipe['seed']}/{self._step}")
+        rows = [r for of in groups.values() for r in of]
+        if recipe["shuffled"]:
+            rewards = [r["reward"] for r in rows]
             rng.shuffle(rewards)
-            deck = iter(rewards)
-            groups = {g: [r | {"reward": next(deck)} for r in rows] for g, rows in groups.items()}
-        advantage = ADVANTAGES[self._recipe["advantage"]]
-        dealt = []
-        for rows in groups.values():
-            advantages = advantage([r["reward"] for r in rows])
-            dealt.append([(r["trajectory"], float(a)) for r, a in zip(rows, advantages, strict=True)])
-        parts = [part for _ in range(self._recipe["passes"]) for part in self._minibatches(dealt, rng)]
-        rows = [r for group in groups.values() for r in group]
-        ages = [staleness(now, min(r["versions"], default=now)) for r in rows]
-        components = [dict(r["components"]) for r in rows]
-        names = sorted({name for c in components for name in c})
-        return {
-            "parts": parts,
-            "trained": {name: a for group in dealt for name, a in group},
-            "stats": {
-                "reward": statistics.fmean(r["reward"] for r in rows),
-                "staleness": statistics.fmean(ages),
-                "staleness_max": max(ages),
-                "response_tokens": statistics.fmean(len(r["versions"]) for r in rows),
-                **{f"reward/{k}": statistics.fmean(c.get(k, 0.0) for c in components) for k in names},
-            },
-        }
+            for row, reward in zip(rows, rewards, strict=True):
+                row["reward"] = reward
+        for row in rows:
+            row["fine"] = long["penalty"] * overlong(row["answer"].tokens, recipe["max_tokens"], long["buffer"])
+        dealt = [[r["trajectory"] for r in of] for of in groups.values()]
+        plan = StepPlan(
+            [[(r["trajectory"], r["reward"] + r["fine"], r["answer"].charged) for r in of] for of in groups.values()],
+            [part for _ in range(recipe["passes"]) for part in self._minibatches(dealt, rng)],
+            {r["trajectory"] for r in rows if long["masked"] and r["answer"].cut_off},
+        )
+        stats = _stats(rows, now) | {f"{what}_dropped": self._dropped[what] for what in ("groups", "samples")}
+        stats["equal_rewards"] = statistics.fmean(without_spread([r["reward"] for r in of]) for of in groups.values())
+        self._dropped.clear()
+        return plan, stats
 
-    def _minibatches(self, dealt: list[list[tuple[str, float]]], rng: random.Random) -> list[list[tuple[str, float]]]:
+    def _minibatches(self, dealt: list[list[str]], rng: random.Random) -> list[list[str]]:
         """Groups dealt into `updates_per_step` minibatches, in an order of their own each pass."""
         n, order = self._recipe["updates_per_step"], rng.sample(dealt, len(dealt))
-        return [[pair for group in order[i::n] for pair in group] for i in range(n)]
+        return [[name for group in order[i::n] for name in group] for i in range(n)]
 
-    def _read(self, plan: Mapping[str, Any]) -> list[list[Sample]]:
-        """This rank's samples of every minibatch."""
-        parts = []
-        for part in plan["parts"]:
-            mine = dict(part[self._rank :: self._ranks])
-            rows = self._store.now(self._store.get(list(mine), TOKEN_COLUMNS)).to_pylist()
-            parts.append([Sample(advantage=mine[r["trajectory"]], **{c: r[c] for c in TOKEN_COLUMNS}) for r in rows])
-        return parts
+    def _read(self, plan: StepPlan) -> dict[str, Sample]:
+        """This rank's samples."""
+        mine = plan.share(self._rank, self._ranks)
+        rows = self._store.now(self._store.get(mine, TOKEN_COLUMNS)).to_pylist() if mine else []
+        return {r["trajectory"]: Sample(**{c: r[c] for c in TOKEN_COLUMNS}) for r in rows}
 
     def _publish(self) -> None:
         weights = self._learner.weights()
@@ -257,18 +268,19 @@ class LearnerRank:
                 self._checkpoints.remove(old)
             self._store.now(self._store.collect(self._recipe["retention"], self._step), COLLECT_S)
 
-    def _report(
-        self, plan: Mapping[str, Any], steps: list[dict[str, float]], step_s: float, wait_s: float, publish_s: float
-    ) -> None:
-        tokens = sum(s["tokens"] for s in steps)
-        seconds = ("forward_backward_s", "optimizer_s", "tokens")
-        mean = {k: statistics.fmean(s[k] for s in steps) for k in steps[0] if k not in seconds}
-        total = {k: sum(s[k] for s in steps) for k in seconds}
-        row = {"step": self._step, **plan["stats"], **mean, **total}
-        row |= {"step_s": step_s, "wait_s": wait_s, "publish_s": publish_s, "time": time.time()}
+    def _report(self, step: Mapping[str, float], trained: int, step_s: float, wait_s: float, publish_s: float) -> None:
+        tokens = step["tokens"]
+        row = {
+            "step": self._step,
+            **step,
+            "step_s": step_s,
+            "wait_s": wait_s,
+            "publish_s": publish_s,
+            "time": time.time(),
+        }
         self._totals["busy_s"] += step_s - wait_s
         self._totals["tokens"] += int(tokens)
-        self._totals["rows_in"] += len(plan["trained"])
+        self._totals["rows_in"] += trained
         self._history.append(row)
         if self._rank == 0:
             metrics.gauge("reward", row["reward"])
@@ -277,7 +289,7 @@ class LearnerRank:
             metrics.gauge("policy_version", self._step, stage="learn")
             metrics.count("tokens", tokens, stage="learn")
             metrics.observe("seconds", step_s, stage="learn")
-            metrics.count("rows_in", len(plan["trained"]), stage="learn")
+            metrics.count("rows_in", trained, stage="learn")
             metrics.count("busy_seconds", step_s - wait_s, stage="learn")
 
     def _version(self) -> int:
@@ -290,7 +302,7 @@ class LearnerRank:
 
             dist.barrier()
 
-    def _agree(self, plan: dict[str, Any] | None) -> dict[str, Any]:
+    def _agree(self, plan: Agreed | None) -> Agreed:
         """Rank 0's plan, on every rank."""
         if self._ranks == 1:
             assert plan is not None
@@ -301,3 +313,29 @@ class LearnerRank:
         dist.broadcast_object_list(box, src=0)
         assert box[0] is not None
         return box[0]
+
+
+def _answers(rows: pa.Table) -> dict[str, Answer]:
+    columns = (rows.column(name) for name in ("trajectory", *CHOICE_COLUMNS))
+    return {
+        name.as_py(): answer(
+            name.as_py(), reward.as_py(), finish.as_py(), np.asarray(logprobs.values), np.asarray(mask.values)
+        )
+        for name, reward, finish, logprobs, mask in zip(*columns, strict=True)
+    }
+
+
+def _stats(rows: list[dict[str, Any]], now: int) -> dict[str, float]:
+    """Means over the samples of a step."""
+    ages = [staleness(now, min(r["versions"], default=now)) for r in rows]
+    components = [dict(r["components"]) for r in rows]
+    names = sorted({name for c in components for name in c})
+    return {
+        "reward": statistics.fmean(r["reward"] for r in rows),
+        "staleness": statistics.fmean(ages),
+        "staleness_max": max(ages),
+        "response_tokens": statistics.fmean(r["answer"].tokens for r in rows),
+        "cut_off": statistics.fmean(r["answer"].cut_off for r in rows),
+        "overlong": statistics.fmean(r["fine"] for r in rows),
+        **{f"reward/{k}": statistics.fmean(c.get(k, 0.0) for c in components) for k in names},
+    }

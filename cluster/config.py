@@ -143,6 +143,25 @@ class Workers(Resources):
     concurrency: int = Field(16, gt=0)
 
 
+class Kl(_Section):
+    """The cost of leaving the reference, which is the policy that the run starts from."""
+
+    coef: float = Field(0.0, ge=0, description="0: there is no reference")
+    estimator: str = "k3"
+    into: Literal["loss", "reward"] = "loss"
+    unbiased: bool = Field(
+        False, description="in the loss: weighed by the ratio, so that the gradient of k1 and k3 is the KL's"
+    )
+
+
+class Overlong(_Section):
+    """The cost of an answer that nears `rollout.max_tokens`, or is cut off there."""
+
+    buffer: int = Field(0, ge=0, description="last tokens over which the reward falls by `penalty`; 0: it does not")
+    penalty: float = Field(1.0, ge=0)
+    masked: bool = Field(False, description="answers that were cut off do not count in the loss")
+
+
 class Learner(Resources):
     """DeepSpeed ranks and the recipe."""
 
@@ -156,8 +175,16 @@ class Learner(Resources):
     tokens_per_microbatch: int = Field(4096, gt=0)
     max_staleness: int = Field(1, ge=0)
     loss: str = "grpo"
-    loss_options: dict[str, Any] = {}
+    loss_options: dict[str, float] = {}
+    aggregation: str | None = Field(None, description="by default the one that the loss was published with")
     advantage: str = "grpo"
+    correction: dict[str, dict[str, float]] = Field(
+        {"truncate_tokens": {}, "mask_sequences": {}}, description="of samples by another policy; name: options"
+    )
+    kl: Kl = Kl()
+    entropy_bonus: float = Field(0.0, ge=0)
+    dynamic_sampling: bool = Field(False, description="groups whose rewards are all equal are replaced by others")
+    overlong: Overlong = Overlong()
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
@@ -259,6 +286,32 @@ def _check(config: Config, path: str | Path) -> None:
         raise ConfigError(f"{path}: learner.warmup_steps must be below learner.steps, or the schedule constant")
     if config.learner.prompts_per_step % config.learner.updates_per_step:
         raise ConfigError(f"{path}: learner.prompts_per_step must be a multiple of learner.updates_per_step")
+    if wrong := _recipe_error(config):
+        raise ConfigError(f"{path}: {wrong}")
+
+
+def _recipe_error(config: Config) -> str:
+    from learners.advantages import ADVANTAGES
+    from learners.objective import make_objective  # imports torch: seconds that `llmi --help` need not take
+
+    recipe, sampler, kl = config.learner, config.rollout, config.learner.kl
+    try:
+        make_objective(recipe.loss, recipe.loss_options, recipe.aggregation, recipe.correction, kl.estimator, 1.0)
+    except ValueError as error:
+        return f"learner: {error}"
+    if kl.unbiased and kl.into == "reward":
+        return "learner.kl.unbiased is for a KL in the loss; a KL in the reward has no gradient"
+    if recipe.advantage not in ADVANTAGES:
+        return f"learner: there is no advantage '{recipe.advantage}'; there are: {', '.join(ADVANTAGES)}"
+    if recipe.overlong.buffer >= sampler.max_tokens:
+        return "learner.overlong.buffer must be below rollout.max_tokens, at which an answer is cut off"
+    mode = sampler.engine.get("logprobs_mode", "processed_logprobs")
+    if mode != "processed_logprobs":
+        return (
+            f"rollout.engine.logprobs_mode must be processed_logprobs, not {mode}: the learner corrects with the "
+            "log-probs of what was sampled from"
+        )
+    return ""
 
 
 def _explain(error: ValidationError) -> Iterator[str]:

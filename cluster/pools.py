@@ -36,17 +36,11 @@ PING_S = 120.0
 STAGES = ("rollout", "render", "score", "learn")
 _OPTIONS = (
     *("lr", "betas", "weight_decay", "schedule", "min_lr_ratio", "grad_clip", "zero_stage", "dtype", "loss"),
-    *("loss_options", "tokens_per_microbatch", "threads", "deepspeed"),
+    *("loss_options", "aggregation", "correction", "entropy_bonus", "tokens_per_microbatch", "threads", "deepspeed"),
 )
 _RECIPE = (
-    "steps",
-    "prompts_per_step",
-    "updates_per_step",
-    "passes",
-    "max_staleness",
-    "advantage",
-    "checkpoint_every",
-    "keep",
+    *("steps", "prompts_per_step", "updates_per_step", "passes", "max_staleness", "checkpoint_every", "keep"),
+    *("advantage", "correction", "kl", "dynamic_sampling", "overlong"),
 )
 
 
@@ -290,13 +284,20 @@ class Pools:
         ]
 
     def _learners(self) -> list[Any]:
-        c = self.config.learner
+        c, sampler = self.config.learner, self.config.rollout
         run = {
+            "max_tokens": sampler.max_tokens,
             "shuffled": self.config.reward.shuffled,
             "seed": self.config.seed,
             "retention": Retention(self.config.store.max_bytes, self.config.store.max_age_s),
         }
+        recipe = c.model_dump(include=set(_RECIPE))
         options = {k: getattr(c, k) for k in _OPTIONS} | {
+            "kl": c.kl.estimator if c.kl.into == "loss" else None,
+            "kl_coef": c.kl.coef,
+            "kl_unbiased": c.kl.unbiased,
+            "temperature": sampler.temperature,
+            "max_tokens": sampler.max_tokens,
             "warmup_steps": c.warmup_steps * c.updates_per_step * c.passes,
             "total_steps": c.steps * c.updates_per_step * c.passes,
         }
@@ -310,7 +311,7 @@ class Pools:
                 self.hub,
                 model=self._model,
                 options=options,
-                recipe={k: getattr(c, k) for k in _RECIPE} | run | alone,
+                recipe=recipe | run | alone,
                 folder=f"{self.config.folder}/checkpoints",
                 incarnation=self._incarnation,
             )

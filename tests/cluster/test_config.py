@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.config import Config, ConfigError, load
 
@@ -38,6 +39,16 @@ def path(tmp_path: Path) -> Path:
         ("policy.path=null", "policy needs one of `path`"),
         ("policy={tiny: {}}", "add an `sft` section"),
         ("learner.steps", "must read key=value"),
+        ("learner.loss=ppo", "learner: there is no loss 'ppo'; there are: grpo, gspo, cispo, rloo, sft"),
+        ("learner.loss_options.clip=1", "loss 'grpo' has no option 'clip'; it has: clip_low, clip_high, dual_clip"),
+        ("learner.advantage=gae", "there is no advantage 'gae'; there are: grpo, dr_grpo"),
+        ("learner.aggregation=mean", "there is no aggregation 'mean'"),
+        ("learner.correction={tis: {}}", "there is no correction 'tis'; there are: truncate_tokens"),
+        ("learner.correction.truncate_tokens={cap: -1}", "'cap' of correction 'truncate_tokens' must be a positive"),
+        ("learner.kl.estimator=k4", "there is no KL estimator 'k4'; there are: k1, k2, k3"),
+        ("learner.kl={into: reward, unbiased: true}", "learner.kl.unbiased is for a KL in the loss"),
+        ("learner.overlong.buffer=256", "learner.overlong.buffer must be below rollout.max_tokens"),
+        ("rollout.engine.logprobs_mode=raw_logits", "logprobs_mode must be processed_logprobs, not raw_logits"),
         ("name.x=1", "'name' holds a value, not keys"),
     ],
 )
@@ -72,6 +83,22 @@ def test_overrides_win_and_engine_options_pass_through(path: Path) -> None:
     assert config.learner.steps == 7
     assert config.rollout.engine == {"max_model_len": 512}
     assert config.learner.deepspeed == {"zero_optimization": {}}
+
+
+def test_samples_of_another_policy_are_corrected_by_default(path: Path) -> None:
+    assert load(path).learner.correction == {"truncate_tokens": {}, "mask_sequences": {}}
+    assert load(path, ["learner.correction={}"]).learner.correction == {}
+
+
+def recipes() -> list[str]:
+    """The configs of docs/learning.md's table."""
+    table = Path("docs/learning.md").read_text().split("## Published recipes")[1]
+    return [line.split("`")[1] for line in table.splitlines() if line.startswith("| ") and "`{" in line]
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_in_the_docs_is_valid(path: Path, recipe: str) -> None:
+    load(path, ["rollout.max_tokens=20480", *(f"learner.{k}={v}" for k, v in yaml.safe_load(recipe).items())])
 
 
 def test_the_resolved_config_reads_back_the_same(path: Path, tmp_path: Path) -> None:
