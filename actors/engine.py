@@ -59,6 +59,8 @@ class Engine:
             "enable_log_requests": False,
         }
         self.version = version
+        self._adapter: Any = None
+        self._adapters = 0
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**(ours | ({} if torch.cuda.is_available() else cpu) | dict(options)))
         )
@@ -90,13 +92,14 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
-        async for output in self._llm.generate({"prompt_token_ids": prompt_ids}, params, request):
+        adapter, version = self._adapter, self.version
+        prompt = {"prompt_token_ids": prompt_ids}
+        async for output in self._llm.generate(prompt, params, request, lora_request=adapter):
             final = output
         out = final.outputs[0]
         ids = list(out.token_ids)
-        return Completion(
-            ids, list(out.logprobs.logprobs)[: len(ids)], self._versions(out), out.text, out.finish_reason
-        )
+        versions = self._versions(out) if adapter is None else [version] * len(ids)
+        return Completion(ids, list(out.logprobs.logprobs)[: len(ids)], versions, out.text, out.finish_reason)
 
     async def update(self, path: Path, version: int) -> float:
         """Swap the weights under running requests; they go on, their caches recomputed. Returns seconds of pause."""
@@ -112,6 +115,27 @@ class Engine:
         finally:
             await self._llm.resume_generation()
         return time.monotonic() - started
+
+    async def adopt(self, folder: Path, version: int) -> None:
+        """Sample with this LoRA adapter from now on; requests under way end with the one that they began with.
+
+        Needs the engine argument `enable_lora`. vLLM lets go of adapters that nobody uses; while one is used, its
+        folder must stay.
+
+        Args:
+            folder: in PEFT's format, another one for every version: vLLM's caches go by name and path.
+            version: of the policy that this makes.
+
+        Raises:
+            RuntimeError: vLLM did not take it.
+        """
+        from vllm.lora.request import LoRARequest
+
+        self._adapters += 1
+        adapter = LoRARequest(f"policy-{version}", self._adapters, str(folder))
+        if not await self._llm.add_lora(adapter):
+            raise RuntimeError(f"vLLM did not take the adapter in '{folder}'")
+        self._adapter, self.version = adapter, version
 
     async def abort(self, request: str) -> None:
         await self._llm.abort(request)

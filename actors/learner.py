@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,9 @@ from learners.advantages import overlong, without_spread
 from learners.groups import Answer, answer, chosen
 from learners.packing import Sample
 from learners.step import Recipe, StepPlan, take_step
+from learners.world import together
 from replay.checkpoints import Checkpoints
-from replay.folders import fetched, written
+from replay.folders import copy, fetched
 from replay.record import staleness, version
 from replay.store import Claim
 
@@ -51,7 +51,8 @@ class LearnerRank:
         options: of `learners.engine.Learner`.
         recipe: of the config's `learner` section (`cluster.config.Learner`), and `max_tokens`, `shuffled`, `seed`,
             `retention`.
-        folder: of checkpoints: a path or `s3://...`.
+        checkpoints: their folder: a path or `s3://...`.
+        policy: where the policy of the newest checkpoint goes: a path or `s3://...`.
         incarnation: which life of the run this is.
     """
 
@@ -65,14 +66,17 @@ class LearnerRank:
         model: str,
         options: Mapping[str, Any],
         recipe: Mapping[str, Any],
-        folder: str,
+        checkpoints: str,
+        policy: str,
         incarnation: int,
     ) -> None:
         self._rank, self._ranks, self._store, self._hub = rank, ranks, store, hub
         self._model, self._options, self._recipe = model, dict(options), recipe
-        self._checkpoints, self._incarnation = Checkpoints(folder), incarnation
+        self._checkpoints, self._policy, self._incarnation = Checkpoints(checkpoints), policy, incarnation
         self._step = 0
         self._history: list[dict[str, float]] = []
+        self._rewards: list[float] = []  # of the steps since the last checkpoint
+        self._best: dict[str, Any] | None = None
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._before = Recipe(
@@ -108,6 +112,8 @@ class LearnerRank:
         )
         if tag is not None:
             self._step = int(self._learner.load(*self._checkpoints.fetched(tag))["step"])
+            self._best = (self._checkpoints.committed() or {}).get("best")
+            self._serve(tag)
             self._publish()
         return self._step
 
@@ -132,22 +138,18 @@ class LearnerRank:
         """Metrics of the optimiser steps from index `since` on."""
         return self._history[since:]
 
-    def export(self, url: str) -> None:
-        """Write the policy in Hugging Face form to a path or `s3://...` (every rank takes part, rank 0 writes)."""
-        with written(url) if self._rank == 0 else nullcontext(url) as folder:
-            self._learner.export(folder, fetched(self._model))
-
     def _run(self) -> None:
         try:
-            while self._step < self._recipe["steps"]:
-                self._one_step()
+            with together(self._rank, self._ranks):
+                while self._step < self._recipe["steps"]:
+                    self._one_step()
         except BaseException as error:
             self._error = error
             raise
 
     def _one_step(self) -> None:
         started = time.monotonic()
-        plan, tokens, stats = self._agree(self._plan() if self._rank == 0 else None)
+        plan, tokens, stats = self._agreed()
         waited = time.monotonic() - started
         learnt, advantages = take_step(self._learner, plan, self._read(plan), self._before)
         self._step += 1
@@ -158,6 +160,7 @@ class LearnerRank:
             ends = {name: ("trained", "") for name in advantages}
             for token in tokens:
                 self._store.now(self._store.ack(token, ends, step=self._step, advantages=advantages))
+        self._rewards.append(stats["reward"])
         if self._step % self._recipe["checkpoint_every"] == 0 or self._step == self._recipe["steps"]:
             self._checkpoint()
         self._report(stats | learnt, len(advantages), time.monotonic() - started, waited, publish_s)
@@ -189,6 +192,8 @@ class LearnerRank:
             if claim is not None:
                 claims.append(claim)
                 groups |= self._valid(claim)
+            else:
+                self._agree(None)
         plan, stats = self._deal(groups, now)
         return plan, [c.token for c in claims], stats
 
@@ -237,7 +242,7 @@ class LearnerRank:
 
     def _read(self, plan: StepPlan) -> dict[str, Sample]:
         """This rank's samples."""
-        mine = plan.share(self._rank, self._ranks)
+        mine = plan.share(*self._learner.shard)
         rows = self._store.now(self._store.get(mine, TOKEN_COLUMNS)).to_pylist() if mine else []
         return {r["trajectory"]: Sample(**{c: r[c] for c in TOKEN_COLUMNS}) for r in rows}
 
@@ -254,19 +259,30 @@ class LearnerRank:
         tag = f"step{self._step:06d}.{self._incarnation}"
         with self._checkpoints.writing(tag) as (folder, name):
             self._learner.save(folder, name, {"step": self._step})
+        self._learner.export(f"{self._checkpoints.url}/{tag}/policy", fetched(self._model))
         self._meet()  # every rank's part is in place
         if self._rank == 0:
+            reward = statistics.fmean(self._rewards)
+            if self._best is None or reward > self._best["reward"]:
+                self._best = {"tag": tag, "reward": reward}
             manifest = {
                 "tag": tag,
                 "step": self._step,
                 "incarnation": self._incarnation,
                 "cursor": self._store.now(self._store.state("train"))["groups"]["accepted"],
                 "store": self._store.now(self._store.version()),
+                "best": self._best,
             }
             self._checkpoints.commit(manifest, self._incarnation)
-            for old in self._checkpoints.tags()[: -self._recipe["keep"]]:
-                self._checkpoints.remove(old)
+            self._serve(tag)
+            self._checkpoints.keep(self._recipe["keep"], self._best["tag"])
             self._store.now(self._store.collect(self._recipe["retention"], self._step), COLLECT_S)
+        self._rewards.clear()
+
+    def _serve(self, tag: str) -> None:
+        """Make the policy of a checkpoint the run's."""
+        if self._rank == 0:
+            copy(f"{self._checkpoints.url}/{tag}/policy", self._policy)
 
     def _report(self, step: Mapping[str, float], trained: int, step_s: float, wait_s: float, publish_s: float) -> None:
         tokens = step["tokens"]
@@ -302,16 +318,21 @@ class LearnerRank:
 
             dist.barrier()
 
-    def _agree(self, plan: Agreed | None) -> Agreed:
+    def _agreed(self) -> Agreed:
         """Rank 0's plan, on every rank."""
+        plan = self._agree(self._plan() if self._rank == 0 else None)
+        while plan is None:
+            plan = self._agree(None)
+        return plan
+
+    def _agree(self, plan: Agreed | None) -> Agreed | None:
+        """What rank 0 has. None says that it still waits for groups, so that no rank takes it for dead."""
         if self._ranks == 1:
-            assert plan is not None
             return plan
         import torch.distributed as dist
 
         box = [plan]
         dist.broadcast_object_list(box, src=0)
-        assert box[0] is not None
         return box[0]
 
 

@@ -162,6 +162,15 @@ class Overlong(_Section):
     masked: bool = Field(False, description="answers that were cut off do not count in the loss")
 
 
+class Lora(_Section):
+    """An adapter that is trained instead of the weights; the names are PEFT's."""
+
+    r: int = Field(16, gt=0)
+    lora_alpha: int = Field(32, gt=0)
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+
+
 class Learner(Resources):
     """DeepSpeed ranks and the recipe."""
 
@@ -194,9 +203,12 @@ class Learner(Resources):
     grad_clip: float = Field(1.0, gt=0)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[1, 2, 3] = 2
+    gradient_checkpointing: bool = Field(False, description="make activations again in the backward pass")
+    sequence_parallel: int = Field(1, gt=0, description="ranks that share each sequence (Ulysses)")
+    lora: Lora | None = None
     deepspeed: dict[str, Any] = {}
     checkpoint_every: int = Field(20, gt=0)
-    keep: int = Field(2, gt=0)
+    keep: int = Field(2, gt=0, description="newest checkpoints that are kept; the best one is kept besides")
 
 
 class Config(_Section):
@@ -284,6 +296,8 @@ def _check(config: Config, path: str | Path) -> None:
         raise ConfigError(f"{path}: a tiny policy knows nothing yet: add an `sft` section")
     if config.learner.schedule != "constant" and config.learner.warmup_steps >= config.learner.steps:
         raise ConfigError(f"{path}: learner.warmup_steps must be below learner.steps, or the schedule constant")
+    if config.learner.ranks % config.learner.sequence_parallel:
+        raise ConfigError(f"{path}: learner.ranks must be a multiple of learner.sequence_parallel")
     if config.learner.prompts_per_step % config.learner.updates_per_step:
         raise ConfigError(f"{path}: learner.prompts_per_step must be a multiple of learner.updates_per_step")
     if wrong := _recipe_error(config):

@@ -25,6 +25,7 @@ from actors.weights import WeightHub
 from agent.prompt import system_prompt
 from cluster.config import Config, Resources
 from cluster.servers import RunFailed, actor_options, deploy, judges, tool_specs
+from learners.checkpoint import CONVERT_S
 from replay.record import Prompt, version
 from replay.store import Retention
 from replay.view import make_shards
@@ -37,6 +38,7 @@ STAGES = ("rollout", "render", "score", "learn")
 _OPTIONS = (
     *("lr", "betas", "weight_decay", "schedule", "min_lr_ratio", "grad_clip", "zero_stage", "dtype", "loss"),
     *("loss_options", "aggregation", "correction", "entropy_bonus", "tokens_per_microbatch", "threads", "deepspeed"),
+    *("gradient_checkpointing", "sequence_parallel", "lora"),
 )
 _RECIPE = (
     *("steps", "prompts_per_step", "updates_per_step", "passes", "max_staleness", "checkpoint_every", "keep"),
@@ -124,7 +126,7 @@ class Pools:
         self._all += [actor for _, actor in actors]
         if self.config.pool is None and {"render", "score"} & set(stages):
             self._owned = deploy(self.config, self.pool)
-        self._get(self._first_version(), "learner ranks")
+        self._get(self._first_version(), "learner ranks", START_S + CONVERT_S)
         workers = [actor for name, actor in actors if name != "learn"]
         self._get([w.ping.remote() for w in workers], "rollout, render and score workers")
         self._manager = FaultTolerantActorManager([a for _, a in actors], max_remote_requests_in_flight_per_actor=4)
@@ -139,8 +141,9 @@ class Pools:
         """Ping everyone; how each stage is. Raises RunFailed for what does not come back."""
         self._manager.probe_unhealthy_actors(timeout_seconds=PING_S, mark_healthy=True)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in self._stages}
-        results = self._manager.foreach_actor("ping", timeout_seconds=PING_S)
-        for result in results.result_or_errors:
+        results = list(self._manager.foreach_actor("ping", timeout_seconds=PING_S).result_or_errors)
+        # The dead first: the ranks beside a dead one fail too, of its absence.
+        for result in sorted(results, key=lambda r: r.ok or not isinstance(r.get(), ray.exceptions.ActorDiedError)):
             stage = self._stage_of[result.actor_id]
             if result.ok:
                 found[stage].append(result.get())
@@ -292,7 +295,7 @@ class Pools:
             "retention": Retention(self.config.store.max_bytes, self.config.store.max_age_s),
         }
         recipe = c.model_dump(include=set(_RECIPE))
-        options = {k: getattr(c, k) for k in _OPTIONS} | {
+        options = c.model_dump(include=set(_OPTIONS)) | {
             "kl": c.kl.estimator if c.kl.into == "loss" else None,
             "kl_coef": c.kl.coef,
             "kl_unbiased": c.kl.unbiased,
@@ -312,7 +315,8 @@ class Pools:
                 model=self._model,
                 options=options,
                 recipe=recipe | run | alone,
-                folder=f"{self.config.folder}/checkpoints",
+                checkpoints=f"{self.config.folder}/checkpoints",
+                policy=f"{self.config.folder}/policy",
                 incarnation=self._incarnation,
             )
             for rank in range(c.ranks)
@@ -334,12 +338,12 @@ class Pools:
     def learners(self) -> list[Any]:
         return self._stages.get("learn", [])
 
-    def _get(self, refs: Any, who: str) -> Any:
+    def _get(self, refs: Any, who: str, wait_s: float = START_S) -> Any:
         try:
-            return ray.get(refs, timeout=START_S)
+            return ray.get(refs, timeout=wait_s)
         except ray.exceptions.GetTimeoutError:
             raise RunFailed(
-                f"waited {START_S:g} s for {who} to start; `llmi train --dry-run` shows what is asked for"
+                f"waited {wait_s:g} s for {who} to start; `llmi train --dry-run` shows what is asked for"
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise RunFailed(f"{who} failed to start: {error.cause!r}") from error

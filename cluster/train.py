@@ -106,13 +106,12 @@ class Trainer(tune.Trainable):
         return row | {"done": self._done >= self.run.learner.steps}
 
     def finish(self) -> dict[str, Any]:
-        """Measure after, export the policy, check the store; returns the summary."""
+        """Measure after, check the store; returns the summary."""
         final = version(self._incarnation, self._done)
         if self.run.train.only is None:
             self._pools.wait_for_version(final)
             self._pools.focus("after-heldout")
             self._measure("after")
-        ray.get([rank.export.remote(self.folder.policy) for rank in self._pools.learners], timeout=600)
         watched = self._pools.watch()
         self._pools.stop()
         return self._summary(watched, final)

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from learners.export import misfits
+from learners.head import ScoringHead
 from learners.packing import Batch
-
-#: Logits kept for the backward pass, in numbers (1 GiB of float32). Beyond it they are made in pieces, and made again.
-KEPT_LOGITS = 2**28
+from learners.sequence import SequenceGroup
 
 #: Config keys of models that change their logits after the head, which this module would miss.
 _UNSUPPORTED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -31,7 +30,7 @@ def load_model(model_dir: str | Path, dtype: torch.dtype, zero3: Mapping[str, An
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: the model changes its logits after the head.
+        ValueError: the model changes its logits after the head, or its weights cannot be read or do not fit its config.
     """
     if not (Path(model_dir) / "config.json").is_file():
         raise FileNotFoundError(f"there is no model in '{model_dir}': config.json is missing")
@@ -40,6 +39,8 @@ def load_model(model_dir: str | Path, dtype: torch.dtype, zero3: Mapping[str, An
         if getattr(config, key, None) not in (None, 1.0):
             raise ValueError(f"model '{model_dir}' sets '{key}', which the learner does not support")
     disable_progress_bar()
+    if wrong := misfits(model_dir, strict=False):
+        raise ValueError(f"the weights in '{model_dir}' do not fit its config.json: {wrong}")
     splits = _splits(zero3) if zero3 else None
     model = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=dtype, attn_implementation="sdpa", local_files_only=True
@@ -58,14 +59,23 @@ def _splits(config: Mapping[str, Any]) -> object:
 class Policy(nn.Module):
     """Wraps a causal language model, so that one forward call yields log-probs instead of logits.
 
+    The model's own head is turned into a `ScoringHead`.
+
     Args:
         temperature: logits are divided by it, as they are when the policy is sampled.
-        learns_entropy: entropies carry a gradient.
+        sequence: the ranks that share a sequence with this one; micro-batches are then one row.
+
+    Raises:
+        ValueError: the head is not a linear map.
     """
 
-    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, learns_entropy: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, sequence: SequenceGroup | None = None) -> None:
         super().__init__()
-        self.model, self._temperature, self._learns_entropy = model, temperature, learns_entropy
+        head = model.get_output_embeddings()
+        if type(head) not in (nn.Linear, ScoringHead):
+            raise ValueError(f"the output head of {type(model).__name__} is a {type(head).__name__}, not a Linear")
+        head.__class__ = ScoringHead
+        self.model, self._temperature, self._sequence = model, temperature, sequence
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, charged: Tensor
@@ -77,36 +87,30 @@ class Policy(nn.Module):
             charged: [rows, L] bool, where the log-prob of the target is wanted.
 
         Returns:
-            log-probs of the targets, and entropies of the distributions they were drawn from: both [rows, L]
-            float32, 0 where not wanted.
+            log-probs of the targets, and entropies of the distributions they were drawn from: both [rows, L] float32
+            with gradients, 0 where not wanted.
         """
+        if (group := self._sequence) is None:
+            return self._score(input_ids, position_ids, targets, charged)
+        length = input_ids.shape[1]
+        logprobs, entropy = self._score(*map(group.mine, (input_ids, position_ids, targets, charged)))
+        return group.whole(logprobs, length), group.whole(entropy, length)
+
+    def _score(
+        self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, charged: Tensor
+    ) -> tuple[Tensor, Tensor]:
         hidden = self.model.base_model(
             input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
         ).last_hidden_state
         where = charged.flatten().nonzero().squeeze(-1)
-        scores = self._scores(hidden.flatten(0, 1).index_select(0, where), targets.flatten().index_select(0, where))
-        out = scores.new_zeros(charged.numel(), 2).index_copy(0, where, scores).view(*charged.shape, 2)
-        return out[..., 0], out[..., 1] if self._learns_entropy else out[..., 1].detach()
-
-    def _scores(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """[N, hidden], [N] -> [N, 2] log-probs and entropies."""
-        piece = max(1, KEPT_LOGITS // self.model.get_output_embeddings().out_features)
-        if len(hidden) <= piece:
-            return self._score(hidden, targets)
-        pieces = zip(hidden.split(piece), targets.split(piece), strict=True)
-        return torch.cat([checkpoint(self._score, h, t, use_reentrant=False) for h, t in pieces])
-
-    def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(hidden).float()
-        if self._temperature != 1.0:
-            logits = logits / self._temperature
-        distribution = torch.log_softmax(logits, dim=-1)
-        chosen = distribution.gather(-1, targets[:, None])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._learns_entropy):
-            entropy = -(distribution.exp() * distribution).sum(-1, keepdim=True)
-        return torch.cat([chosen, entropy], dim=-1)
+        chosen = hidden.flatten(0, 1).index_select(0, where), targets.flatten().index_select(0, where)
+        logprobs, entropy = (
+            scores.new_zeros(charged.numel()).index_copy(0, where, scores).view(charged.shape)
+            for scores in self.model.get_output_embeddings()(*chosen, self._temperature)
+        )
+        return logprobs, entropy
 
 
 def score(policy: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of a batch, both [rows, L]; `policy` is a `Policy` or an engine around one."""
-    return policy(batch.input_ids, batch.position_ids, batch.targets, batch.mask > 0)
+    return policy(batch.input_ids, batch.position_ids, batch.targets, batch.charged)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +19,26 @@ import torch.distributed as dist
 
 #: DeepSpeed's shared-memory all-reduce: built with a C++ compiler at start-up, and only used for inference.
 _UNUSED_OP = "deepspeed_shm_comm"
+
+
+class RankLost(RuntimeError):
+    """Another rank of the learner died or did not answer in time; this one cannot go on."""
+
+
+@contextmanager
+def together(rank: int, world_size: int) -> Iterator[None]:
+    """Wraps what all ranks do together: raises RankLost if one is missing."""
+    try:
+        yield
+    except RankLost:
+        raise
+    except RuntimeError as e:
+        if world_size > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise RankLost(
+                f"rank {rank} of {world_size} lost another: it died, or did not answer in time "
+                f"({str(e).splitlines()[0]}); resume from the last checkpoint, with any number of ranks"
+            ) from e
+        raise
 
 
 def free_port(address: str = "127.0.0.1") -> int:

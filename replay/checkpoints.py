@@ -73,8 +73,11 @@ class Checkpoints:
         """Tags of all checkpoints, also those that were never committed, oldest first."""
         return [name for name in folders.subfolders(self.url) if name != _LIVES]
 
-    def remove(self, tag: str) -> None:
-        folders.remove(f"{self.url}/{tag}")
+    def keep(self, newest: int, best: str) -> None:
+        """Remove all but the newest so many and the best."""
+        for tag in self.tags()[:-newest]:
+            if tag != best:
+                folders.remove(f"{self.url}/{tag}")
 
     def _newest(self) -> int:
         """Number of the newest life, -1 if there was none."""

@@ -7,6 +7,7 @@ Libraries want a local folder. For what lies in a bucket there is one under the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from replay.storage import S3Storage, StoreError, explained, in_bucket, storage
@@ -66,6 +67,8 @@ def fetched(url: str) -> str:
 def written(url: str) -> Iterator[str]:
     """A local folder, not made yet, to write a model into; when the block ends, it takes the place of the one at `url`.
 
+    At a path it does so in one step, so that there is a whole model at every moment.
+
     Raises:
         StoreError: it could not be uploaded; what was at `url` may be gone.
     """
@@ -74,19 +77,31 @@ def written(url: str) -> Iterator[str]:
         fresh = path.with_name(f"{path.name}.unfinished")
         shutil.rmtree(fresh, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield str(fresh)
-        shutil.rmtree(path, ignore_errors=True)
-        fresh.rename(path)
+        try:
+            yield str(fresh)
+            _replace(fresh, path)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
         return
     with _local(url) as fresh:
         yield str(fresh)
         with explained(f"writing {url}", passing=()):
-            there = _Bucket(url)
-            old, new = there.files(), _files(fresh)
-            there.delete([name for name in old if name == _MODEL])
-            there.put(fresh, [name for name in new if name != _MODEL])
-            there.delete([name for name in old if name not in new])
-            there.put(fresh, [name for name in new if name == _MODEL])
+            _Bucket(url).replace(_files(fresh), lambda there, names: there.put(fresh, names))
+
+
+def copy(url: str, to: str) -> None:
+    """Put a copy of the model at `url` in the place of the one at `to`, both at paths or both in a bucket.
+
+    Raises:
+        StoreError: it could not be copied; what was at `to` may be gone.
+    """
+    if not in_bucket(url):
+        with written(to) as fresh:
+            shutil.copytree(url, fresh, copy_function=_link)
+        return
+    with explained(f"copying {url} to {to}", passing=()):
+        source = _Bucket(url)
+        _Bucket(to).replace([*source.files()], lambda _, names: source.copy(names, to))
 
 
 @contextlib.contextmanager
@@ -205,6 +220,14 @@ class _Bucket:
             if left := self.files().keys() & set(names):
                 raise PermissionError(f"{len(left)} files cannot be deleted, such as {min(left)}")
 
+    def replace(self, names: Sequence[str], bring: Callable[[_Bucket, Sequence[str]], None]) -> None:
+        """Put the model of these files, which `bring` brings, in the place of the one that is here."""
+        old = self.files()
+        self.delete([name for name in old if name == _MODEL])
+        bring(self, [name for name in names if name != _MODEL])
+        self.delete([name for name in old if name not in names])
+        bring(self, [name for name in names if name == _MODEL])
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
@@ -215,6 +238,33 @@ def _local(url: str) -> Iterator[Path]:
     _drop_old()
     with tempfile.TemporaryDirectory(dir=_scratch()) as folder:
         yield Path(folder) / url.rstrip("/").rpartition("/")[2]
+
+
+def _replace(fresh: Path, path: Path) -> None:
+    """Put a folder in the place of what is at a path, in one step where the file system can."""
+    if not path.exists():
+        fresh.rename(path)
+    elif not _swapped(fresh, path):
+        old = path.with_name(f"{path.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        fresh.rename(path)
+        shutil.rmtree(old)
+
+
+def _swapped(a: Path, b: Path) -> bool:
+    """Swap two names (renameat2 with RENAME_EXCHANGE, of Linux); False if it cannot be done here."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2
+    return swap is not None and swap(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+def _link(source: str, target: str) -> None:
+    """Copy a file; where the file system can, it takes no room."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _scratch() -> Path:

@@ -72,7 +72,8 @@ def rank(store: Store, model_dir: Path, tmp_path: Path) -> Iterator[Callable[...
                 model=str(model_dir),
                 options={"lr": 1e-3, "correction": {"truncate_tokens": {}}, "max_tokens": MAX_TOKENS} | (options or {}),
                 recipe=plain | recipe,
-                folder=str(tmp_path),
+                checkpoints=f"{tmp_path}/checkpoints",
+                policy=f"{tmp_path}/policy",
                 incarnation=0,
             )
         )

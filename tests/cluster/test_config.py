@@ -101,6 +101,15 @@ def test_every_recipe_in_the_docs_is_valid(path: Path, recipe: str) -> None:
     load(path, ["rollout.max_tokens=20480", *(f"learner.{k}={v}" for k, v in yaml.safe_load(recipe).items())])
 
 
+def test_an_adapter_has_pefts_names_and_ranks_that_share_sequences_must_come_out_even(path: Path) -> None:
+    lora = load(path, ["learner.lora={r: 8}"]).learner.lora
+    assert lora is not None and (lora.r, lora.lora_alpha, lora.target_modules) == (8, 32, "all-linear")
+    with pytest.raises(ConfigError, match=r"learner\.lora\.alpha.*did you mean 'lora_alpha'"):
+        load(path, ["learner.lora={r: 8, alpha: 16}"])
+    with pytest.raises(ConfigError, match=r"learner\.ranks must be a multiple of learner\.sequence_parallel"):
+        load(path, ["learner.ranks=3", "learner.sequence_parallel=2"])
+
+
 def test_the_resolved_config_reads_back_the_same(path: Path, tmp_path: Path) -> None:
     config = load(path)
     (tmp_path / "resolved.yaml").write_text(config.dump())

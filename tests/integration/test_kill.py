@@ -53,6 +53,19 @@ def test_ten_kills_at_any_time_of_any_process_lose_nothing(tiny: Callable[..., C
     run.finish()
 
 
+def test_a_learner_rank_that_dies_ends_the_run_with_one_sentence_and_the_run_goes_on_with_one_rank(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    many, one = (tiny("rank-lost", *SHORT, "learner.steps=5", f"learner.ranks={n}") for n in (2, 1))
+    run = Command(many, tmp_path)
+    with run.started() as driver:
+        run.wait_for_steps(3, driver)
+        random.choice(_named(driver, "ray::LearnerRank")).kill()
+        assert driver.wait(timeout=180) == 1
+    assert run.log().count("a learn actor died; `llmi train CONFIG --resume` goes on") == 1
+    Command(one, tmp_path).finish()
+
+
 def _named(driver: psutil.Popen, name: str) -> list[psutil.Process]:
     return [p for p in driver.children(recursive=True) if name in " ".join(p.cmdline())]
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -34,14 +35,29 @@ def test_a_run_goes_from_prompts_to_a_policy_and_resumes(tiny: Callable[..., Con
     )
     _loads_everywhere(folder)
     _tokens_are_as_sampled(folder)
+    _checkpoints_are(folder, ["step000001.0", "step000002.0"])
 
-    again = train(tiny("whole", "learner.steps=3"), resume=True)
+    again = train(tiny("whole", "learner.steps=3", "learner.keep=1"), resume=True)
     assert again["steps"] == 3
     assert again["trajectories_lost"] == 0
     assert again["trajectories_trained"] == 3 * 3 * 4
     assert again["policy_version"] == "1.3"
     assert again["reward_before"] == summary["reward_before"], "the measure before training is not taken twice"
-    assert [row["step"] for row in RunFolder(config.folder).steps()] == [1, 2, 3]
+    folder = RunFolder(config.folder)
+    assert [row["step"] for row in folder.steps()] == [1, 2, 3]
+    tags = ["step000001.0", "step000002.0", "step000003.1"]
+    rewards = dict(zip(tags, (row["reward"] for row in folder.steps()), strict=True))
+    _checkpoints_are(folder, sorted({max(tags, key=lambda tag: rewards[tag]), tags[-1]}))
+
+
+def _checkpoints_are(folder: RunFolder, tags: list[str]) -> None:
+    """Those of the newest and the best, each with a policy that can be served; the run's own is the newest's."""
+    assert folder.checkpoints.tags() == tags
+    manifest = folder.checkpoints.committed()
+    assert manifest and manifest["tag"] == tags[-1] and manifest["best"]["tag"] in tags
+    policies = [Path(folder.checkpoints.url, tag, "policy") for tag in tags]
+    assert all((policy / "model.safetensors").exists() and (policy / "tokenizer.json").exists() for policy in policies)
+    assert (policies[-1] / "model.safetensors").samefile(Path(folder.policy, "model.safetensors"))
 
 
 def _loads_everywhere(folder: RunFolder) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from learners.engine import Learner, merged
+from learners.checkpoint import differences
+from learners.engine import MAX_SKIPPED, Learner, NotFinite, merged
 from learners.losses import LOSSES
 from learners.packing import Sample, pack
+from tests.learners.rank import gradients_of_step
 
 Make = Callable[..., Learner]
 
@@ -34,19 +35,6 @@ def reference_gradient(model_dir: Path, samples: list[Sample]) -> dict[str, Tens
         ratio = (chosen - torch.from_numpy(s.logprobs)).exp()
         (-(ratio * s.advantage * s.weight * torch.from_numpy(s.mask)).sum() / total).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def gradient_of_step(learner: Learner, samples: list[Sample]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What the optimiser is about to be given in a step."""
-    seen: dict[str, Tensor] = {}
-    apply = learner._engine.step
-
-    def spy() -> None:
-        seen.update({n: safe_get_full_grad(p).clone() for n, p in learner.model.named_parameters()})
-        apply()
-
-    learner._engine.step = spy
-    return seen, learner.step(samples)
 
 
 def weights(learner: Learner) -> dict[str, Tensor]:
@@ -68,7 +56,7 @@ def test_the_gradient_is_that_of_one_big_batch_whatever_the_micro_batches(
     engine = learner(
         zero_stage=zero_stage, tokens_per_microbatch=tokens_per_microbatch, loss_options=wide, grad_clip=0.0
     )
-    gradient, metrics = gradient_of_step(engine, samples)
+    gradient, metrics = gradients_of_step(engine, samples)
     expected = reference_gradient(model_dir, samples)
     assert distance(gradient, expected) < 1e-5
     assert metrics["grad_norm"] == pytest.approx(math.hypot(*(float(g.norm()) for g in expected.values())), rel=1e-4)
@@ -104,20 +92,51 @@ def test_the_step_reports_what_it_did(learner: Make, samples: list[Sample]) -> N
     assert engine.step(samples, lr=0.125)["lr"] == 0.125
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported(
-    learner: Make, samples: list[Sample], dtype: str, zero_stage: int
+BROKEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "loss and gradient not a number": lambda share: share * torch.nan,
+    "loss infinite, gradient finite": lambda share: share + torch.inf,
+    "loss finite, gradient infinite": lambda share: (share - share.detach()) * 1e30 * 1e30,
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype", "deepspeed"),
+    [
+        (1, "float32", {}),
+        (2, "bfloat16", {}),
+        (3, "float32", {}),
+        (3, "bfloat16", {}),
+        (2, "float32", {"offload_optimizer": {"device": "cpu"}}),
+        (3, "float32", {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
+    ],
+)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_reported(
+    learner: Make, samples: list[Sample], zero_stage: int, dtype: str, deepspeed: dict[str, Any], broken: str
 ) -> None:
-    engine = learner(dtype=dtype, zero_stage=zero_stage)
+    engine = learner(dtype=dtype, zero_stage=zero_stage, deepspeed={"zero_optimization": deepspeed})
     loss = engine._loss
-    engine._loss = lambda logprobs, batch: (loss(logprobs, batch)[0] * float("nan"), {})  # type: ignore[assignment]
+    engine._loss = lambda logprobs, batch: (BROKEN[broken](loss(logprobs, batch)[0]), {})  # type: ignore[assignment]
     before = weights(engine)
     assert engine.step(samples)["skipped"] == 1.0
     assert distance(weights(engine), before) == 0.0
     engine._loss = loss
     assert engine.step(samples)["skipped"] == 0.0
     assert 0 < distance(weights(engine), before) < 1
+
+
+def test_the_learner_gives_up_after_so_many_skipped_steps_in_a_row(learner: Make, samples: list[Sample]) -> None:
+    engine = learner()
+    loss = engine._loss
+    for steps in (MAX_SKIPPED - 1, MAX_SKIPPED):
+        engine._loss = lambda logprobs, batch: (logprobs.sum() * torch.nan, {})  # type: ignore[assignment]
+        for _ in range(steps - 1):
+            assert engine.step(samples)["skipped"] == 1.0
+        if steps < MAX_SKIPPED:
+            engine._loss = loss
+            assert engine.step(samples)["skipped"] == 0.0
+    with pytest.raises(NotFinite, match=f"not finite in {MAX_SKIPPED} optimiser steps in a row .loss nan, gradient"):
+        engine.step(samples)
 
 
 def test_a_resumed_learner_goes_on_exactly_as_the_first_would_have(
@@ -136,9 +155,39 @@ def test_a_resumed_learner_goes_on_exactly_as_the_first_would_have(
     assert not (tmp_path / "latest").exists()
 
 
-def test_a_missing_checkpoint_is_named(learner: Make, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_named_and_so_is_one_that_not_all_ranks_finished(learner: Make, tmp_path: Path) -> None:
+    engine = learner()
     with pytest.raises(FileNotFoundError, match="no checkpoint 'step-9'"):
-        learner().load(tmp_path, "step-9")
+        engine.load(tmp_path, "step-9")
+    engine.save(tmp_path, "step-1")
+    (tmp_path / "step-1" / "state.json").unlink()  # it is written last
+    with pytest.raises(FileNotFoundError, match="step-1' is incomplete: not all ranks had finished"):
+        engine.load(tmp_path, "step-1")
+
+
+def test_a_checkpoint_whose_shapes_names_or_stage_do_not_fit_is_refused_and_changes_nothing(
+    learner: Make, samples: list[Sample], tmp_path: Path
+) -> None:
+    engine = learner()
+    engine.step(samples)
+    engine.save(tmp_path, "step-1")
+    layers = LlamaConfig(vocab_size=96, hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+    LlamaForCausalLM(layers).save_pretrained(tmp_path / "other")
+    other = learner(model_dir=tmp_path / "other")
+    before = weights(other)
+    with pytest.raises(ValueError, match=r"of another model.*lm_head.weight is missing.* and \d+ more"):
+        other.load(tmp_path, "step-1")
+    assert distance(weights(other), before) == 0.0
+    with pytest.raises(ValueError, match="written with zero_stage 2; resume with it, not 3"):
+        learner(zero_stage=3).load(tmp_path, "step-1")
+
+
+def test_what_a_checkpoint_lacks_or_has_otherwise_is_said_by_name_and_shape() -> None:
+    given = {"a": [2, 3], "b": [4], "c": [1]}
+    assert differences(given, given) == ""
+    assert differences(given, {"a": [3, 2], "b": [4], "d": [1]}) == (
+        "d is missing, c is unknown, a has shape [2, 3] instead of [3, 2]"
+    )
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
@@ -165,8 +214,8 @@ def test_weights_can_be_half_and_matrix_products_alone_can_be(learner: Make, sam
 
 
 def test_recomputed_activations_give_the_same_step(learner: Make, samples: list[Sample]) -> None:
-    kept, _ = gradient_of_step(learner(), samples)
-    again, _ = gradient_of_step(learner(gradient_checkpointing=True), samples)
+    kept, _ = gradients_of_step(learner(), samples)
+    again, _ = gradients_of_step(learner(gradient_checkpointing=True), samples)
     assert distance(again, kept) < 1e-5
 
 
@@ -216,8 +265,8 @@ def test_taking_log_probs_between_updates_changes_no_update(learner: Make, sampl
 def test_the_entropy_bonus_adds_the_gradient_of_the_mean_entropy(
     learner: Make, model_dir: Path, samples: list[Sample], temperature: float
 ) -> None:
-    plain, without = gradient_of_step(learner(temperature=temperature, grad_clip=0.0), samples)
-    bonus, with_bonus = gradient_of_step(learner(temperature=temperature, grad_clip=0.0, entropy_bonus=0.5), samples)
+    plain, without = gradients_of_step(learner(temperature=temperature, grad_clip=0.0), samples)
+    bonus, with_bonus = gradients_of_step(learner(temperature=temperature, grad_clip=0.0, entropy_bonus=0.5), samples)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     total = sum(s.charged * s.weight for s in samples)
     mean = torch.zeros(())

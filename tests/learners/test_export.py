@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from learners.engine import Learner
+from learners.export import write_model
 from learners.packing import Sample
 from learners.sft import train_tokenizer
 
@@ -70,6 +72,28 @@ def test_fused_experts_are_exported_one_by_one(
     assert stored.keys() == out.keys() and all(torch.equal(stored[name], out[name]) for name in stored)
     assert any(name.endswith("experts.3.down_proj.weight") for name in out)
     assert engine.step(samples)["skipped"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda w: w.pop("model.norm.weight"), "model.norm.weight is missing"),
+        (lambda w: w.update({"model.norm.weight": torch.ones(3)}), r"norm.weight has shape \[3\] instead of \[64\]"),
+        (lambda w: w.update({"model.norms.weight": torch.ones(3)}), "model.norms.weight is unknown"),
+    ],
+)
+def test_weights_of_the_wrong_name_or_shape_are_not_exported_and_what_was_there_stays(
+    model_dir: Path, tmp_path: Path, tokenizer_dir: Path, change: Callable[[dict[str, Tensor]], None], reason: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    good = load_file(model_dir / "model.safetensors")
+    write_model(tmp_path / "out", model, good, tokenizer_dir)
+    bad = dict(good)
+    change(bad)
+    with pytest.raises(ValueError, match=f"was not written to.*{reason}"):
+        write_model(tmp_path / "out", model, bad, tokenizer_dir)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == good.keys()
+    assert [p.name for p in tmp_path.glob("out*")] == ["out"]
 
 
 def test_a_folder_without_a_tokenizer_is_refused_and_nothing_is_written(learner: Make, tmp_path: Path) -> None:

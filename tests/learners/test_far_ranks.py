@@ -20,7 +20,7 @@ from replay.folders import fetched
 
 @pytest.mark.integration
 @pytest.mark.timeout(300)  # twice two processes that import the whole stack
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_each_rank_uploads_what_it_wrote_and_loads_what_it_needs(
     bucket: str, model_dir: Path, samples: list[Sample], tmp_path: Path, stage: int
 ) -> None:

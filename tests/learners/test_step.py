@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,7 @@ from learners.engine import Learner
 from learners.kl import k1
 from learners.packing import Sample
 from learners.step import Recipe, StepPlan, estimate, score, take_step
-from learners.world import free_port
+from tests.learners.rank import Job, launch, run
 
 Make = Callable[..., Learner]
 
@@ -152,37 +148,24 @@ def near(samples: dict[str, Sample], engine: Learner) -> dict[str, Sample]:
 
 @pytest.mark.integration
 @pytest.mark.timeout(300)  # two processes that import the whole stack
-def test_two_ranks_take_the_step_that_one_would(
-    learner: Make, model_dir: Path, named: dict[str, Sample], tmp_path: Path
-) -> None:
-    made = near(named, learner())
+def test_two_ranks_take_the_step_that_one_would(model_dir: Path, named: dict[str, Sample], tmp_path: Path) -> None:
+    with closing(Learner(model_dir, lr=1e-3, threads=1)) as engine:
+        made = near(named, engine)
     plan = plan_of(named, updates=2)
-    cases = [
-        (options(model_dir, name) | {"world_size": 2, "master_port": free_port()}, made, (plan, recipe))
-        for name, (_, recipe) in RECIPES.items()
-    ]
-    (tmp_path / "cases").write_bytes(pickle.dumps(cases))
-    expected = []
-    for name, (_, recipe) in RECIPES.items():
-        engine = learner(**options(model_dir, name))
-        own = {n: replace(s) for n, s in made.items()}
-        expected.append((take_step(engine, plan, own, recipe), dict(engine.weights())))
-    command = [sys.executable, str(Path(__file__).with_name("rank.py")), str(tmp_path / "cases")]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def jobs() -> list[Job]:
+        own = {name: {n: replace(s) for n, s in made.items()} for name in RECIPES}
+        return [Job(options(model_dir, name), own[name], 1, plan=plan, recipe=RECIPES[name][1]) for name in RECIPES]
+
+    expected = [run(job) for job in jobs()]
     with ExitStack() as stack:
-        started = []
-        for rank in range(2):
-            log = stack.enter_context((tmp_path / f"{rank}.log").open("w"))
-            started.append(subprocess.Popen([*command, str(rank), str(tmp_path / f"{rank}")], env=env, stderr=log))
-            stack.callback(started[-1].kill)
-        assert [p.wait(timeout=250) for p in started] == [0, 0], (tmp_path / "0.log").read_text()
+        ranks = launch(tmp_path, jobs(), stack)
+        assert [p.wait(timeout=250) for p in ranks] == [0, 0], (tmp_path / "0.log").read_text()
     for rank in range(2):
-        for name, found, want in zip(
-            RECIPES, torch.load(tmp_path / f"{rank}", weights_only=False), expected, strict=True
-        ):
-            (metrics, advantages), weights = found
-            assert advantages == pytest.approx(want[0][1], rel=1e-4), name
-            for key, weight in want[1].items():
+        for name, found, want in zip(RECIPES, torch.load(tmp_path / f"{rank}"), expected, strict=True):
+            (metrics,), _, weights, advantages = found
+            assert advantages == pytest.approx(want.advantages, rel=1e-4), name
+            for key, weight in want.weights.items():
                 assert (weights[key] - weight).norm() <= 1e-5 * weight.norm(), (name, key)
             for key in set(metrics) - {"padding", "microbatches", "forward_backward_s", "optimizer_s", "score_s"}:
-                assert metrics[key] == pytest.approx(want[0][0][key], rel=1e-3, abs=1e-6), (name, key)
+                assert metrics[key] == pytest.approx(want.metrics[0][key], rel=1e-3, abs=1e-6), (name, key)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from replay.folders import added, exists, fetched, is_model, move, remove, subfolders, written
+from replay.folders import added, copy, exists, fetched, is_model, move, remove, subfolders, written
 from replay.storage import StoreError
 from tests.replay.proxy import Proxy
 
@@ -62,6 +62,32 @@ def test_writing_that_breaks_off_leaves_what_was_there(place: str) -> None:
         write(folder, {"config.json": "new"})
         raise ZeroDivisionError
     assert content(fetched(f"{place}/policy")) == FILES
+
+
+def test_a_copy_takes_the_place_of_the_model_that_was_there(place: str) -> None:
+    model(f"{place}/checkpoints/1/policy", FILES)
+    model(f"{place}/policy", {"config.json": "old", "old.safetensors": "old"})
+    copy(f"{place}/checkpoints/1/policy", f"{place}/policy")
+    assert content(fetched(f"{place}/policy")) == content(fetched(f"{place}/checkpoints/1/policy")) == FILES
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_model_at_a_path_is_there_at_every_moment_while_another_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool
+) -> None:
+    if not atomic:  # as on a file system that cannot swap names
+        monkeypatch.setattr("replay.folders._swapped", lambda a, b: False)
+    model(f"{tmp_path}/1", FILES)
+    model(f"{tmp_path}/policy", FILES)
+    seen: list[bool] = []
+    with ThreadPoolExecutor(1) as pool:
+        writing = [pool.submit(copy, f"{tmp_path}/1", f"{tmp_path}/policy") for _ in range(100)]
+        while not writing[-1].done():
+            seen.append((tmp_path / "policy" / "config.json").exists())
+    for each in writing:
+        each.result()
+    assert seen and (all(seen) or not atomic)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "policy"]
 
 
 def test_several_processes_add_to_a_folder(place: str) -> None:
