@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from actors.buckets import Bucket, Reader, tensors
 from replay.folders import fetched
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -17,7 +22,29 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # with `uni`: one 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
+T = TypeVar("T")
+
 KV_CACHE_BYTES = 256 << 20  # on CPU; without a bound vLLM takes a share of all memory and a second engine fails
+CALL_S = 600.0  # a call of the engine's process has an answer by then, also one that loads the largest weights
+
+#: Backend of the weights -> name of vLLM's weight transfer. The host's is ours (`actors/weight_transfer.py`).
+TRANSFERS = {"host": "llmi_host", "nccl": "nccl", "ipc": "ipc"}
+
+
+class EngineDied(RuntimeError):
+    """The engine's process is gone or does not answer; whoever needs it starts another."""
+
+
+class WeightsRefused(RuntimeError):
+    """The engine cannot load weights. It holds parts of two versions now, and stays paused."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Adapter:
+    """A LoRA adapter in vLLM. Its folder is there as long as this object is: vLLM may read it again meanwhile."""
+
+    version: int
+    request: Any
 
 
 @dataclass(frozen=True)
@@ -38,9 +65,10 @@ class Engine:
         model: folder, `s3://...` or hub name of a Hugging Face model.
         version: policy version of those weights.
         options: vLLM's own engine arguments, passed through untouched.
+        weights: backend that new weights come by, a key of `TRANSFERS`.
     """
 
-    def __init__(self, model: str, version: int, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, version: int, options: Mapping[str, Any], weights: str = "host") -> None:
         import torch
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -54,24 +82,31 @@ class Engine:
         ours = {
             "model": fetched(model),
             "logprobs_mode": "processed_logprobs",  # those that were sampled from
-            "weight_transfer_config": {"backend": "llmi_file"},
+            "weight_transfer_config": {"backend": TRANSFERS[weights]},
             "worker_extension_cls": "actors.weight_transfer.WorkerExtension",
             "enable_log_requests": False,
         }
-        self.version = version
-        self._adapter: Any = None
-        self._adapters = 0
+        if weights == "ipc":  # its handles reach the engine's process as pickles
+            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        self.version, self._weights = version, weights
+        self.mapped_at = 0.0  # when the engine's process had mapped the newest weights (`time.monotonic`)
+        self._adapter: _Adapter | None = None
+        self._adapters = 0  # that there have been
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**(ours | ({} if torch.cuda.is_available() else cpu) | dict(options)))
         )
         self.tokenizer = self._llm.get_tokenizer()
 
+    @property
+    def ranks(self) -> int:
+        """Processes that hold a part of the weights each."""
+        return self._llm.vllm_config.parallel_config.world_size
+
     async def start(self) -> None:
         """Name the weights, ready the transfer, and pay for the slow first request."""
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-        await self._llm.update_weight_version(str(self.version))
+        if self._weights == "host":
+            await self.transfer("init_weight_transfer_engine", {})
+        await self._answer(self._llm.update_weight_version(str(self.version)))
         await self.complete("warm-up", [self.tokenizer.bos_token_id or 0], {"max_tokens": 8})
 
     def prompt_ids(self, question: str, system: str = "") -> list[int]:
@@ -92,50 +127,97 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
-        adapter, version = self._adapter, self.version
-        prompt = {"prompt_token_ids": prompt_ids}
-        async for output in self._llm.generate(prompt, params, request, lora_request=adapter):
-            final = output
-        out = final.outputs[0]
+        adapter = self._adapter  # which the whole answer is made with
+        out = (await self._generate(request, prompt_ids, params, adapter)).outputs[0]
         ids = list(out.token_ids)
-        versions = self._versions(out) if adapter is None else [version] * len(ids)
+        versions = [adapter.version] * len(ids) if adapter else self._versions(out)
         return Completion(ids, list(out.logprobs.logprobs)[: len(ids)], versions, out.text, out.finish_reason)
 
-    async def update(self, path: Path, version: int) -> float:
-        """Swap the weights under running requests; they go on, their caches recomputed. Returns seconds of pause."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+    async def score(self, request: str, token_ids: list[int]) -> list[float]:
+        """Log-probs of all tokens but the first under the engine's weights, at temperature 1, without sampling.
 
-        started = time.monotonic()
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
-        try:
-            await self._llm.start_weight_update()
-            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(path)}))
-            await self._llm.finish_weight_update(str(version))
-            self.version = version
-        finally:
-            await self._llm.resume_generation()
-        return time.monotonic() - started
+        Not with an adapter: vLLM's kernels for CPUs end the engine over it.
+        """
+        from vllm import SamplingParams
 
-    async def adopt(self, folder: Path, version: int) -> None:
-        """Sample with this LoRA adapter from now on; requests under way end with the one that they began with.
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        rows = (await self._generate(request, token_ids, params, None)).prompt_logprobs[1:]
+        return [row[token].logprob for row, token in zip(rows, token_ids[1:], strict=True)]
 
-        Needs the engine argument `enable_lora`. vLLM lets go of adapters that nobody uses; while one is used, its
-        folder must stay.
+    async def update(self, buckets: Sequence[Bucket], version: int, adapter: str = "") -> float:
+        """Swap the weights under running requests; they go on, their caches recomputed. Returns seconds of pause.
+
+        An adapter is for new requests: those under way end with the one that they began with, and nothing is paused.
 
         Args:
-            folder: in PEFT's format, another one for every version: vLLM's caches go by name and path.
-            version: of the policy that this makes.
+            buckets: of this node, which stay as they are meanwhile.
+            version: of the policy.
+            adapter: PEFT's adapter_config.json, if the buckets hold an adapter; it needs vLLM's `enable_lora`.
 
         Raises:
-            RuntimeError: vLLM did not take it.
+            WeightsRefused: the weights are not the model's.
+            EngineDied: in the middle of it.
         """
+        if adapter:
+            await self._adopt(buckets, version, adapter)
+            return 0.0
+        content = [bucket.plain() for bucket in buckets]
+        self.mapped_at = max(await self._answer(self._llm.collective_rpc("map_weights", args=(content,))))
+        started = time.monotonic()
+        try:
+            await self.transfer("start_weight_update")
+            await self.transfer("update_weights", {"buckets": content})
+            await self.transfer("finish_weight_update", version=version)
+        except EngineDied:
+            raise
+        except Exception as error:
+            why = str(error).removeprefix("Call to collective_rpc method failed: ")
+            raise WeightsRefused(f"the engine cannot load version {version}: {why}") from error
+        return time.monotonic() - started
+
+    async def _adopt(self, buckets: Sequence[Bucket], version: int, config: str) -> None:
+        """vLLM reads adapters from folders, and tells them apart by number, name and path."""
         from vllm.lora.request import LoRARequest
 
+        folder = Path(tempfile.mkdtemp(prefix="llmi-adapter-"))
         self._adapters += 1
-        adapter = LoRARequest(f"policy-{version}", self._adapters, str(folder))
-        if not await self._llm.add_lora(adapter):
-            raise RuntimeError(f"vLLM did not take the adapter in '{folder}'")
+        adapter = _Adapter(version, LoRARequest(f"policy-{version}", self._adapters, str(folder)))
+        weakref.finalize(adapter, shutil.rmtree, folder, ignore_errors=True)
+        await asyncio.to_thread(_write_adapter, folder, config, buckets)
+        try:
+            await self._answer(self._llm.add_lora(adapter.request))
+        except EngineDied:
+            raise
+        except Exception as error:
+            raise WeightsRefused(f"the engine cannot load the adapter of version {version}: {error}") from error
         self._adapter, self.version = adapter, version
+
+    async def transfer(self, step: str, info: Mapping[str, Any] | None = None, version: int | None = None) -> None:
+        """One step of vLLM's weight transfer. Requests are paused from `start_weight_update` to `finish_weight_update`.
+
+        Args:
+            step: name of the method.
+            info: what it takes.
+            version: of the weights that are finished.
+
+        Raises:
+            EngineDied: before it answered.
+        """
+        from vllm.distributed.weight_transfer import base
+
+        if step == "init_weight_transfer_engine":
+            await self._answer(self._llm.init_weight_transfer_engine(base.WeightTransferInitRequest(dict(info or {}))))
+        elif step == "start_weight_update":
+            await self._answer(self._llm.pause_generation(mode="keep", clear_cache=True))
+            await self._answer(self._llm.start_weight_update())
+        elif step == "update_weights":
+            await self._answer(self._llm.update_weights(base.WeightTransferUpdateRequest(dict(info or {}))))
+        elif step == "finish_weight_update" and version is not None:
+            await self._answer(self._llm.finish_weight_update(str(version)))
+            self.version = version
+            await self._answer(self._llm.resume_generation())
+        else:
+            raise ValueError(f"no step {step!r} of a weight transfer with version {version}")
 
     async def abort(self, request: str) -> None:
         await self._llm.abort(request)
@@ -143,9 +225,46 @@ class Engine:
     def close(self) -> None:
         self._llm.shutdown()
 
+    async def _generate(self, request: str, prompt_ids: list[int], params: Any, adapter: _Adapter | None) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        prompt, lora = {"prompt_token_ids": prompt_ids}, adapter.request if adapter else None
+        try:
+            async for output in self._llm.generate(prompt, params, request, lora_request=lora):
+                final = output
+        except EngineDeadError as error:
+            raise EngineDied("the engine's process died") from error
+        return final
+
+    async def _answer(self, call: Awaitable[T]) -> T:
+        """vLLM lets callers of a dead engine wait for ever: look every second whether it lives."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        task, deadline = asyncio.ensure_future(call), time.monotonic() + CALL_S
+        try:
+            while not (await asyncio.wait({task}, timeout=1.0))[0]:
+                if self._llm.errored:
+                    raise EngineDied("the engine's process died")
+                if time.monotonic() > deadline:
+                    raise EngineDied(f"the engine's process did not answer in {CALL_S:g} s")
+            return task.result()
+        except EngineDeadError as error:
+            raise EngineDied("the engine's process died") from error
+        finally:
+            task.cancel()
+
     def _versions(self, out: Any) -> list[int]:
         spans = out.weight_versions or []
         versions = [self.version] * len(out.token_ids)
         for span in spans:
             versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
         return versions
+
+
+def _write_adapter(folder: Path, config: str, buckets: Sequence[Bucket]) -> None:
+    from learners.lora import write_adapter
+
+    contents = Reader().map(b.path for b in buckets)
+    write_adapter(
+        folder, config, dict(pair for b, c in zip(buckets, contents, strict=True) for pair in tensors(c, b.pieces))
+    )

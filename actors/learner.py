@@ -21,7 +21,7 @@ import pyarrow as pa
 import ray
 
 from actors import metrics
-from actors.weights import publish
+from actors.weights import Publisher, Sender
 from learners.advantages import overlong, without_spread
 from learners.groups import Answer, answer, chosen
 from learners.packing import Sample
@@ -50,7 +50,7 @@ class LearnerRank:
         model: folder, `s3://...` or hub name to start from.
         options: of `learners.engine.Learner`.
         recipe: of the config's `learner` section (`cluster.config.Learner`), and `max_tokens`, `shuffled`, `seed`,
-            `retention`.
+            `retention`, `weights` (how they reach the engines), `adapter` (it alone does).
         checkpoints: their folder: a path or `s3://...`.
         policy: where the policy of the newest checkpoint goes: a path or `s3://...`.
         incarnation: which life of the run this is.
@@ -110,11 +110,18 @@ class LearnerRank:
             master_port=address[1],
             **self._options,
         )
+        adapter = self._recipe["adapter"]
+        self._weights = self._learner.adapter if adapter else self._learner.weights
+        self._sender: Sender = Publisher(self._hub, self._rank, self._learner.adapter_config if adapter else "")
         if tag is not None:
             self._step = int(self._learner.load(*self._checkpoints.fetched(tag))["step"])
             self._best = (self._checkpoints.committed() or {}).get("best")
             self._serve(tag)
-            self._publish()
+            self._publish()  # no engine is there yet: they pull
+        if (weights := self._recipe["weights"]) != "host":
+            from actors.weight_senders import DirectSender  # imports vLLM
+
+            self._sender = DirectSender(weights, self._hub, self._rank)
         return self._step
 
     def start(self) -> None:
@@ -247,12 +254,7 @@ class LearnerRank:
         return {r["trajectory"]: Sample(**{c: r[c] for c in TOKEN_COLUMNS}) for r in rows}
 
     def _publish(self) -> None:
-        weights = self._learner.weights()
-        if self._rank == 0:
-            publish(self._hub, self._version(), weights)
-        else:
-            for _ in weights:  # under ZeRO-3 gathering a parameter needs every rank
-                pass
+        self._sender.publish(self._version(), self._weights)
 
     def _checkpoint(self) -> None:
         """Save on all ranks; then commit the manifest as the one point that a resume trusts."""

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 
 from actors import metrics
-from actors.engine import Engine
-from actors.weights import pull
+from actors.buckets import BucketGone
+from actors.engine import Engine, EngineDied
+from actors.weights import Puller, Weights
 from actors.worker import StageWorker
 from replay.record import SCHEMAS, updates
 from replay.store import Claim
 
 COLUMNS = ["question", "given", "seed"]
+FIRST_S = 60.0  # some version is there by then
+GONE_S = 60.0  # weights that cannot be pulled are there again by then, or newer ones are
 
 
 @ray.remote
@@ -33,7 +37,7 @@ class RolloutWorker(StageWorker):
         sampling: vLLM's SamplingParams; `seed` comes from each row.
         system: system prompt, or "" for none.
         engine: vLLM's engine arguments.
-        scratch: folder in shared memory for incoming weights.
+        weights: backend that new weights come by, a key of `actors.engine.TRANSFERS`.
         name: in rows and metrics.
     """
 
@@ -49,37 +53,56 @@ class RolloutWorker(StageWorker):
         sampling: Mapping[str, Any],
         system: str,
         engine: Mapping[str, Any],
-        scratch: str,
         name: str,
+        weights: str = "host",
     ) -> None:
         super().__init__(store)
         self._hub, self._name = hub, name
         self._model, self._sampling, self._system, self._options = model, dict(sampling), system, dict(engine)
-        self._weights = Path(scratch) / f"{name}.safetensors"
-        self._free, self._concurrency = concurrency, concurrency
+        self._weights, self._puller, self._current = weights, Puller(hub), (-1, 0)
+        self._free = concurrency
         self._done: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._purpose: str | None = None
 
     async def setup(self) -> None:
-        version, weights = await self._hub.newer.remote(None, 60.0)
-        self._engine = Engine(self._model, version, self._options)
+        newest = await self._hub.newer.remote(None, FIRST_S)
+        if newest is None:
+            raise RuntimeError(f"{self._name} waited {FIRST_S:g} s for the first policy version")
+        weights = newest[1]
+        start = weights.version if not weights.buckets else -1  # older than all that are pulled
+        self._engine = Engine(self._model, start, self._options, self._weights)
         await self._engine.start()
-        if weights is not None:
-            await self._update(version, weights)
+        if not weights.buckets:
+            self._hold(start, 0)
+        await self._take(weights)
+        if self._weights != "host":
+            await self._hub.join.remote(self._name, ray.get_runtime_context().current_actor, self._engine.ranks)
 
     async def loop(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            self._group = group
-            group.create_task(self._claim())
-            group.create_task(self._put())
-            group.create_task(self._follow())
+        """Ends the process if the engine died: Ray starts it anew, with an engine that pulls the newest weights."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                group.create_task(self._claim())
+                group.create_task(self._put())
+                group.create_task(self._follow())
+        except* EngineDied as died:
+            print(f"{self._name} starts anew: {died.exceptions[0]}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     async def focus(self, purpose: str | None) -> None:
         """Claim only prompts of this purpose (an evaluation), or any."""
         self._purpose = purpose
 
-    async def version(self) -> int:
-        return self._engine.version
+    async def weights(self) -> tuple[int, int]:
+        """The engine's policy version, and the checksum of the weights that it pulled (0 for others)."""
+        return self._current
+
+    async def transfer(self, step: str, info: Mapping[str, Any] | None = None, version: int | None = None) -> None:
+        """One step of vLLM's own weight transfer, driven by the learner (`actors/weight_senders.py`)."""
+        await self._engine.transfer(step, info, version)
+        if version is not None:
+            self._hold(version, 0)
 
     async def _claim(self) -> None:
         while True:
@@ -135,13 +158,30 @@ class RolloutWorker(StageWorker):
             self.end(len(rows), sum(r["seconds"] for r in rows) / len(rows))
 
     async def _follow(self) -> None:
+        seen: int | None = self._engine.version
         while True:
-            newer = await self._hub.newer.remote(self._engine.version, 30.0)
-            if newer is not None and newer[1] is not None:
-                await self._update(*newer)
+            newer = await self._hub.newer.remote(seen, 30.0)
+            if newer is not None:
+                seen, weights = newer
+                await self._take(weights)
 
-    async def _update(self, version: int, weights: list[Any]) -> None:
-        await pull(weights, self._weights)
-        self.totals["pause_s"] += await self._engine.update(self._weights, version)
-        self._weights.unlink()
+    async def _take(self, weights: Weights) -> None:
+        """Bring the engine to these weights, or to newer ones if they are gone by now."""
+        deadline = time.monotonic() + GONE_S
+        while weights.version > self._engine.version:
+            try:
+                async with self._puller.pull(weights) as buckets:
+                    self.totals["pause_s"] += await self._engine.update(buckets, weights.version, weights.adapter)
+            except BucketGone as gone:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{self._name} cannot pull version {weights.version}: {gone}") from gone
+                newer = await self._hub.newer.remote(weights.version, 1.0)
+                weights = newer[1] if newer else weights
+            else:
+                self._hold(weights.version, weights.checksum)
+
+    def _hold(self, version: int, checksum: int) -> None:
+        """The engine has these weights now."""
+        self._current = version, checksum
+        self.totals["weights_checksum"] = checksum
         metrics.gauge("policy_version", updates(version), stage=self.stage)

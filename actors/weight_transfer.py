@@ -1,4 +1,4 @@
-"""A vLLM weight-transfer backend that works on every platform: the new weights are a file in shared memory.
+"""A vLLM weight-transfer backend that works on every platform: the new weights lie in buckets of shared memory.
 
 vLLM's own backends (nccl, ipc, ...) need CUDA. This one is registered in the engine's process when vLLM imports
 `WorkerExtension` from here, before it loads the model. It must be used within vLLM's start/finish lifecycle: on CPU
@@ -7,8 +7,9 @@ the packed weights are rebuilt only there (a plain `load_weights` leaves them em
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -18,28 +19,31 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-BACKEND = "llmi_file"
+from actors.buckets import Piece, Plain, Reader, tensors
+
+BACKEND = "llmi_host"
+_READER = Reader()  # of this process
 
 
 @dataclass
-class FileInit(WeightTransferInitInfo):
+class HostInit(WeightTransferInitInfo):
     """Nothing to agree on beforehand."""
 
 
 @dataclass
-class FileUpdate(WeightTransferUpdateInfo):
-    """`path` of a safetensors file with checkpoint names."""
+class HostUpdate(WeightTransferUpdateInfo):
+    """`buckets`, all of a version."""
 
-    path: str = ""
+    buckets: list[Plain] = field(default_factory=list)
 
 
-class FileEngine(WeightTransferEngine[FileInit, FileUpdate]):
-    """Loads a safetensors file into the running model."""
+class HostEngine(WeightTransferEngine[HostInit, HostUpdate]):
+    """Loads buckets into the running model, all of a version in one call."""
 
-    init_info_cls = FileInit
-    update_info_cls = FileUpdate
+    init_info_cls = HostInit
+    update_info_cls = HostUpdate
 
-    def init_transfer_engine(self, init_info: FileInit) -> None:
+    def init_transfer_engine(self, init_info: HostInit) -> None:
         pass
 
     def start_weight_update(self) -> None:
@@ -47,8 +51,32 @@ class FileEngine(WeightTransferEngine[FileInit, FileUpdate]):
 
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: FileUpdate) -> None:
-        self.model.load_weights(_tensors(update_info.path, str(self.device)))
+    def receive_weights(self, update_info: HostUpdate) -> None:
+        """Raises ValueError if they are not the model's; it holds parts of two versions until it gets right ones."""
+        try:
+            self._load(update_info.buckets)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _load(self, buckets: list[Plain]) -> None:
+        weights = _Watched(with_head(_named(buckets)))
+        try:
+            self.model.load_weights(weights)
+        except Exception as error:  # vLLM's loaders assert, index and raise, without the tensor's name
+            raise ValueError(f"{weights.last} does not fit the model: {error!r}") from error
+        if self.model_config.quantization is None and (missing := _unfilled(self.model)):
+            raise ValueError(f"weights are missing of {len(missing)} layers, such as {missing[0]}")
+
+    def _abandon(self) -> None:
+        """Let vLLM put back what is not replaced yet, as if nothing had come for it; or the next would add to that."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        for layer in self.model.modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                info.load_numel, info.loaded_weights = 0, []
+        self.finish_weight_update()
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -59,21 +87,63 @@ class FileEngine(WeightTransferEngine[FileInit, FileUpdate]):
         pass
 
 
-def _tensors(path: str, device: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of the file; tied embeddings come twice, since vLLM's reload does not follow the tie to the head."""
-    from safetensors import safe_open
+def with_head(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tied embeddings come a second time, as the head: vLLM's reload does not follow the tie."""
+    embedding, tied = None, True
+    for name, tensor in weights:
+        if name.endswith("embed_tokens.weight"):
+            embedding = tensor
+        tied = tied and name != "lm_head.weight"
+        yield name, tensor
+    if tied and embedding is not None:
+        yield "lm_head.weight", embedding
 
-    with safe_open(path, "pt", device=device) as f:
-        names = list(f.keys())
-        for name in names:
-            yield name, f.get_tensor(name)
-        if "lm_head.weight" not in names and "model.embed_tokens.weight" in names:
-            yield "lm_head.weight", f.get_tensor("model.embed_tokens.weight")
+
+class _Watched:
+    """An iterator of named tensors that remembers the last one."""
+
+    def __init__(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self._weights, self.last = weights, "nothing"
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._weights:
+            self.last = f"{name!r} of shape {tuple(tensor.shape)}"
+            yield name, tensor
+
+
+def _named(buckets: Iterable[Plain]) -> Iterator[tuple[str, torch.Tensor]]:
+    paths, pieces = zip(*buckets, strict=True)
+    for content, table in zip(_READER.map(paths), pieces, strict=True):
+        yield from tensors(content, (Piece(name, dtype, tuple(shape), at) for name, dtype, shape, at in table))
+
+
+def _unfilled(model: torch.nn.Module) -> list[str]:
+    """Layers that are not as new: vLLM would quietly leave them as they were.
+
+    Embeddings may stay partly filled, because vLLM pads vocabularies.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    infos = ((name, layer, get_layerwise_info(layer)) for name, layer in model.named_modules())
+    return [
+        name
+        for name, layer, info in infos
+        if info.can_load()  # and so not done
+        and any(p is not None for p in layer._parameters.values())
+        and (info.load_numel <= 0 or isinstance(layer, LinearBase))
+    ]
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, FileEngine)
+    WeightTransferEngineFactory.register_engine(BACKEND, HostEngine)
 
 
 class WorkerExtension:
     """Handed to vLLM as `worker_extension_cls`: importing it registers the backend in the worker's process."""
+
+    def map_weights(self, buckets: list[Plain]) -> float:
+        """Map buckets before the engine is paused; returns when (`time.monotonic`)."""
+        for _ in _named(buckets):
+            pass
+        return time.monotonic()

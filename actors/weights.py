@@ -1,71 +1,212 @@
-"""The weight seam: `publish(version, named weights)` on the learner's side, `pull` on the engine's.
+"""The weight seam through host memory: `Publisher.publish(version, named weights)` and `Puller.pull(weights)`.
 
-Weights travel once as one safetensors image in Ray's object store, owned by the hub, so that they outlive the learner
-that made them and a worker that joins late just pulls. On a worker's node they become a file in shared memory, which
-the engine's process maps (`actors/weight_transfer.py`).
+The learner writes its weights into buckets of shared memory (`actors/buckets.py`) and tells the hub, which only knows
+where they are. Engines on the learner's node map them; those on other nodes get them through Ray's object store, bucket
+by bucket. A version is the newest once all of it lies there: a publisher that fails before has published nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import ray
-import torch
+from isal.isal_zlib import crc32
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
+
+from actors.buckets import Bucket, BucketGone, Pool, Reader, fill, held, locked
+
+COMMIT_S = 120.0  # the hub answers within it
+SHIP_S = 600.0  # a bucket is on another node within it
+_SHIPPED = 2  # buckets that stay in the object store, for engines that ask for the same one
+
+#: Makes a fresh pass over the named weights, in checkpoint form; under ZeRO-3 all ranks make it together.
+Stream: TypeAlias = Callable[[], Iterable[tuple[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A policy version, and where its weights lie; without buckets, those of the model that everyone starts from.
+
+    With `adapter`, PEFT's adapter_config.json, they are those of a LoRA adapter on that model.
+    """
+
+    version: int
+    node: str = ""
+    buckets: tuple[Bucket, ...] = ()
+    adapter: str = ""
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(b.nbytes for b in self.buckets)
+
+    @cached_property
+    def checksum(self) -> int:
+        """Of names, types, shapes and numbers, 32 bits; 0 where there are none."""
+        return crc32(repr([(b.pieces, b.checksum) for b in self.buckets]).encode()) if self.buckets else 0
+
+
+@dataclass(frozen=True)
+class Member:
+    """An engine that vLLM's own transfers send to: `ranks` processes, in the `life`-th life of its worker."""
+
+    worker: Any
+    ranks: int
+    life: int
 
 
 @ray.remote
 class WeightHub:
-    """Knows the newest policy version and holds its weights."""
+    """Knows the newest policy version, where the newest weights lie, and the engines for those that send to them."""
 
     def __init__(self) -> None:
-        self._version: int | None = None
-        self._weights: list[Any] | None = None
+        self._newest: int | None = None
+        self._weights: Weights | None = None
+        self._hold = ExitStack()
+        self._shipped: dict[tuple[int, int], Any] = {}
+        self._members: dict[str, Member] = {}
         self._changed = asyncio.Condition()
 
-    async def publish(self, version: int, image: np.ndarray | None) -> None:
-        """Make `version` the newest; `image` is None for the weights of the model that everyone starts from."""
-        # Put anew, so that the hub owns it: an object dies with its owner, and learners come and go.
-        self._version, self._weights = version, None if image is None else [ray.put(image)]
+    async def publish(self, weights: Weights) -> None:
+        """Make these the newest. On the publisher's node the hub has a hold of them: they outlive the learner."""
+        hold = ExitStack()
+        if weights.node == ray.get_runtime_context().get_node_id():
+            weights = replace(weights, buckets=tuple(hold.enter_context(locked(weights.buckets))))
+        self._hold.close()
+        self._hold, self._weights = hold, weights
+        self._shipped.clear()
+        await self.announce(weights.version)
+
+    async def announce(self, version: int) -> None:
+        """Make a version the newest that the engines were sent, and that cannot be pulled."""
+        self._newest = version
         async with self._changed:
             self._changed.notify_all()
 
-    async def version(self) -> int | None:
-        return self._version
-
-    async def newer(self, than: int | None, wait_s: float) -> tuple[int, list[Any] | None] | None:
-        """The newest (version, [ObjectRef of weights]) if it is not `than`; waits up to `wait_s` seconds, then None.
-
-        The ref sits in a list, so that Ray hands on the ref and not the weights.
-        """
+    async def newer(self, than: int | None, wait_s: float) -> tuple[int, Weights] | None:
+        """The newest version if it is not `than`, and the newest weights that can be pulled; waits up to `wait_s`
+        seconds for it, then None."""
         async with self._changed:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._version != than), wait_s)
-        return None if self._version in (None, than) else (self._version, self._weights)
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._newest != than), wait_s)
+        return None if self._newest in (None, than) or self._weights is None else (self._newest, self._weights)
+
+    async def current(self) -> tuple[int | None, int]:
+        """The newest version, and the checksum of its weights (0 if they cannot be pulled)."""
+        weights = self._weights
+        return self._newest, weights.checksum if weights and weights.version == self._newest else 0
+
+    async def ship(self, version: int, index: int) -> list[Any]:
+        """[ObjectRef of a bucket's bytes], or [] if the version is not that of the newest weights any more.
+
+        The ref sits in a list, so that Ray hands on the ref and not the bytes.
+        """
+        weights = self._weights
+        if weights is None or weights.version != version:
+            return []
+        key = version, index
+        if key not in self._shipped:
+            bucket = weights.buckets[index]
+            there = NodeAffinitySchedulingStrategy(weights.node, soft=False)
+            self._shipped[key] = _content.options(scheduling_strategy=there).remote(bucket.path, bucket.nbytes)
+            while len(self._shipped) > _SHIPPED:
+                del self._shipped[next(iter(self._shipped))]
+        return [self._shipped[key]]
+
+    async def join(self, name: str, worker: Any, ranks: int) -> None:
+        """An engine is ready to be sent weights."""
+        life = self._members[name].life + 1 if name in self._members else 1
+        self._members[name] = Member(worker, ranks, life)
+
+    async def members(self) -> list[Member]:
+        return [self._members[name] for name in sorted(self._members)]
 
 
-def publish(hub: Any, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-    """Publish named weights (checkpoint names) as a policy version; returns their size in bytes."""
-    from safetensors.torch import save
-
-    image = np.frombuffer(save({name: t.contiguous() for name, t in weights}), dtype=np.uint8)
-    ray.get(hub.publish.remote(version, image), timeout=120)
-    return image.nbytes
+@ray.remote(num_cpus=0, max_retries=1)
+def _content(path: str, nbytes: int) -> np.ndarray:
+    """A bucket's bytes; runs on the node that has it. Ray copies them into its object store."""
+    [content] = Reader().map([path])
+    return content[:nbytes].numpy()
 
 
-async def pull(weights: list[Any], path: Path) -> None:
-    """Bring published weights to this node as a safetensors file (put in place by rename)."""
-    image = await weights[0]
-    await asyncio.to_thread(_write, image, path)
+class Sender(Protocol):
+    """What a learner rank publishes with. All ranks call it together."""
+
+    def publish(self, version: int, weights: Stream) -> None:
+        """Make these weights the newest policy version; returns when they are.
+
+        Raises:
+            ValueError, RuntimeError: they cannot be published; the previous version stays the newest.
+        """
 
 
-def _write(image: np.ndarray, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(f".{os.getpid()}")
-    tmp.write_bytes(image.data)
-    tmp.rename(path)
+class Publisher:
+    """Publishes through host memory.
+
+    Args:
+        hub: handle.
+        rank: of the learner; rank 0 publishes, the others take part in the passes over the weights.
+        adapter: PEFT's adapter_config.json, if it is an adapter that is published.
+    """
+
+    def __init__(self, hub: Any, rank: int = 0, adapter: str = "") -> None:
+        self._hub, self._rank, self._adapter, self._pool = hub, rank, adapter, Pool()
+
+    def publish(self, version: int, weights: Stream) -> None:
+        if self._rank:
+            for _ in weights():
+                pass
+            return
+        with self._pool.turn() as take:
+            buckets = fill(take, weights())
+            node = ray.get_runtime_context().get_node_id()
+            ray.get(self._hub.publish.remote(Weights(version, node, tuple(buckets), self._adapter)), timeout=COMMIT_S)
+
+
+class Puller:
+    """The engine's side.
+
+    Args:
+        hub: handle.
+        node: id of this node; another one than the publisher's gets everything through the object store.
+    """
+
+    def __init__(self, hub: Any, node: str | None = None) -> None:
+        self._hub, self._node = hub, node or ray.get_runtime_context().get_node_id()
+        self._pool, self._reader = Pool(), Reader()
+
+    @asynccontextmanager
+    async def pull(self, weights: Weights) -> AsyncIterator[list[Bucket]]:
+        """Buckets with these weights, which this node's processes can map while the context lasts.
+
+        Raises:
+            BucketGone: they are not there any more; ask the hub for newer ones.
+        """
+        with ExitStack() as stack:
+            buckets = list(weights.buckets)
+            if weights.node != self._node:
+                take = stack.enter_context(self._pool.turn())
+                buckets = [await self._fetch(weights, i, take) for i in range(len(buckets))]
+            yield await asyncio.to_thread(stack.enter_context, held(self._reader, buckets))
+
+    async def _fetch(self, weights: Weights, index: int, take: Callable[[int], Any]) -> Bucket:
+        """A bucket of another node, in memory of this process."""
+        bucket = weights.buckets[index]
+        try:
+            refs = await asyncio.wait_for(self._hub.ship.remote(weights.version, index), SHIP_S)
+            if not refs:
+                raise BucketGone("newer weights were published")
+            content = await asyncio.wait_for(refs[0], SHIP_S)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            raise BucketGone(f"node {weights.node[:8]} does not send bucket {index}: {error!r}") from error
+        memory = take(bucket.nbytes)
+        await asyncio.to_thread(np.copyto, memory.bytes[: bucket.nbytes].numpy(), content)
+        memory.unlock()
+        return replace(bucket, path=memory.path)

@@ -20,6 +20,10 @@ from replay.storage import in_bucket
 _PLACE = re.compile(r"s3://[\w.:-]+(/[^@?]*)?$|file:///")
 
 
+#: vLLM's `max_lora_rank` where none is given.
+VLLM_LORA_RANK = 16
+
+
 class ConfigError(ValueError):
     """The config is wrong; the message says which key, why, and what would be right."""
 
@@ -224,6 +228,9 @@ class Config(_Section):
     policy: Policy
     sft: Sft | None = None
     rollout: Rollout = Rollout()
+    weights: Literal["host", "nccl", "ipc"] = Field(
+        "host", description="how new weights reach the engines: host memory works everywhere; nccl and ipc need GPUs"
+    )
     tools: dict[str, ToolPool] = {n: ToolPool() for n in ("search", "diffusion", "code", "edit")}
     judges: Judges = Judges()
     reward: Reward = Reward()
@@ -294,14 +301,32 @@ def _check(config: Config, path: str | Path) -> None:
         raise ConfigError(f"{path}: train.only=learn needs a saved store in train.store")
     if config.policy.tiny and config.sft is None:
         raise ConfigError(f"{path}: a tiny policy knows nothing yet: add an `sft` section")
+    if config.weights != "host" and not (config.learner.gpus and config.rollout.gpus):
+        raise ConfigError(
+            f"{path}: weights: {config.weights} needs learner.gpus and rollout.gpus; `host` needs neither"
+        )
     if config.learner.schedule != "constant" and config.learner.warmup_steps >= config.learner.steps:
         raise ConfigError(f"{path}: learner.warmup_steps must be below learner.steps, or the schedule constant")
     if config.learner.ranks % config.learner.sequence_parallel:
         raise ConfigError(f"{path}: learner.ranks must be a multiple of learner.sequence_parallel")
     if config.learner.prompts_per_step % config.learner.updates_per_step:
         raise ConfigError(f"{path}: learner.prompts_per_step must be a multiple of learner.updates_per_step")
-    if wrong := _recipe_error(config):
+    if wrong := _adapter_error(config) or _recipe_error(config):
         raise ConfigError(f"{path}: {wrong}")
+
+
+def _adapter_error(config: Config) -> str:
+    """An adapter reaches the engines alone, and not merged into all weights, if they have vLLM's `enable_lora`."""
+    lora, engine = config.learner.lora, config.rollout.engine
+    if not engine.get("enable_lora"):
+        return ""
+    if lora is None:
+        return "rollout.engine.enable_lora needs learner.lora, the adapter to serve"
+    if config.weights != "host":
+        return f"weights: {config.weights} cannot send adapters; use host, or leave out rollout.engine.enable_lora"
+    if engine.get("max_lora_rank", VLLM_LORA_RANK) < lora.r:
+        return f"rollout.engine.max_lora_rank must be at least learner.lora.r, {lora.r}"
+    return ""
 
 
 def _recipe_error(config: Config) -> str:

@@ -19,7 +19,7 @@ from tools.jail import landlock_abi
 
 GIB = 1 << 30
 MEMORY_GIB = 10.0  # what examples/tiny.yaml may take at most
-SHARED_GIB = 2.0  # Ray's object store and the weights on their way to the engines
+SHARED_GIB = 2.0  # Ray's object store, and room to spare
 DISK_GIB = 5.0  # a run's checkpoints and its store
 CGROUP = Path("/sys/fs/cgroup")
 

@@ -21,7 +21,7 @@ from actors.renderer import Renderer
 from actors.rollout import RolloutWorker
 from actors.scorer import Scorer
 from actors.store import StoreActor, StoreClient
-from actors.weights import WeightHub
+from actors.weights import WeightHub, Weights
 from agent.prompt import system_prompt
 from cluster.config import Config, Resources
 from cluster.servers import RunFailed, actor_options, deploy, judges, tool_specs
@@ -182,11 +182,12 @@ class Pools:
         ray.get([w.focus.remote(purpose) for w in self.rollouts], timeout=PING_S)
 
     def wait_for_version(self, packed: int) -> None:
-        """Wait until every rollout worker has this policy version."""
+        """Wait until every rollout worker has this policy version, and the same weights."""
         deadline = time.monotonic() + PING_S
-        while set(versions := ray.get([w.version.remote() for w in self.rollouts], timeout=PING_S)) != {packed}:
+        wanted = packed, self._get(self.hub.current.remote(), "hub")[1]
+        while set(found := ray.get([w.weights.remote() for w in self.rollouts], timeout=PING_S)) != {wanted}:
             if time.monotonic() > deadline:
-                raise RunFailed(f"rollout workers have versions {versions} after {PING_S:g} s, not {packed}")
+                raise RunFailed(f"after {PING_S:g} s rollout workers have (version, checksum) {found}, not {wanted}")
             time.sleep(0.1)
 
     def stop(self) -> None:
@@ -234,7 +235,7 @@ class Pools:
     def _first_version(self) -> list[Any]:
         """Load the learner ranks; the hub then has the version to start from."""
         if self._checkpoint is None:
-            self._get(self.hub.publish.remote(version(self._incarnation, 0), None), "hub")
+            self._get(self.hub.publish.remote(Weights(version(self._incarnation, 0))), "hub")
         if not self.learners:
             return []
         address = self._get(self.learners[0].address.remote(), "learner rank 0")
@@ -253,8 +254,8 @@ class Pools:
                 sampling=sampling,
                 system=system_prompt(tool_specs(c)) if c.policy.system_prompt == "protocol" else "",
                 engine=c.rollout.engine,
-                scratch=f"/dev/shm/llmi-{c.name}",
                 name=f"rollout-{i}",
+                weights=c.weights,
             )
             for i in range(c.rollout.workers)
         ]
@@ -292,6 +293,8 @@ class Pools:
             "max_tokens": sampler.max_tokens,
             "shuffled": self.config.reward.shuffled,
             "seed": self.config.seed,
+            "weights": self.config.weights,
+            "adapter": bool(sampler.engine.get("enable_lora")),
             "retention": Retention(self.config.store.max_bytes, self.config.store.max_age_s),
         }
         recipe = c.model_dump(include=set(_RECIPE))

@@ -14,7 +14,7 @@ from actors.engine import Engine
 from actors.feeder import group_rows
 from actors.rollout import RolloutWorker
 from actors.store import StoreActor, StoreClient
-from actors.weights import WeightHub
+from actors.weights import WeightHub, Weights
 from cluster.config import Config, ConfigError
 from cluster.console import say
 from cluster.pools import PING_S, SERVICE, START_S, init_ray
@@ -62,7 +62,7 @@ class RolloutPair:
 
     def __enter__(self) -> RolloutPair:
         c = self._config
-        model = c.policy.path or _random_policy(c)
+        model = c.policy.path or random_policy(c)
         init_ray()
         say("starting a rollout worker and an engine alone")
         length = c.rollout.max_tokens
@@ -76,7 +76,7 @@ class RolloutPair:
         shard = _made(StoreActor, service, f"{c.folder}/replay")
         self._store = StoreClient([shard])
         hub = _made(WeightHub, service)
-        ray.get(hub.publish.remote(0, None), timeout=PING_S)
+        ray.get(hub.publish.remote(Weights(0)), timeout=PING_S)
         self._worker = _made(
             RolloutWorker,
             options,
@@ -87,7 +87,6 @@ class RolloutPair:
             sampling=sampling,
             system="",
             engine=c.rollout.engine,
-            scratch=c.folder,
             name="rollout-0",
         )
         self._engine = _made(BareEngine, options, model, c.rollout.engine, sampling)
@@ -131,7 +130,7 @@ class RolloutPair:
         return pa.concat_tables(groups)
 
 
-def _random_policy(config: Config) -> str:
+def random_policy(config: Config) -> str:
     """A policy of the config's size with random weights."""
     from corpus.documents import cold_start
     from learners.sft import build_policy

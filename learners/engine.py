@@ -21,7 +21,7 @@ from torch.distributed import ReduceOp
 
 from learners.checkpoint import UNIVERSAL, State, flush, universal
 from learners.export import checkpoint_form, write_model
-from learners.lora import adapter_parts, add_adapter, parts, without_adapter, write_adapter
+from learners.lora import adapter_parts, add_adapter, parts, without_adapter, written_config
 from learners.objective import Options, make_objective, summary
 from learners.packing import Batch, Plan, Sample, collate, filler, pack, uncollate
 from learners.policy import Policy, load_model, score
@@ -324,6 +324,26 @@ class Learner:
                 copies = checkpoint_form(self.model, part.name, part.merged())
             yield from copies.items()
 
+    def adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """Streams copies of the adapter's own weights under PEFT's names, likewise; `adapter_config` is of them."""
+        import deepspeed
+
+        for name, parameter in adapter_parts(self.model):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                copy = parameter.detach().clone()
+            yield name, copy
+
+    @property
+    def adapter_config(self) -> str:
+        """PEFT's adapter_config.json.
+
+        Raises:
+            ValueError: the learner trains no adapter.
+        """
+        if self._lora is None:
+            raise ValueError("the learner trains all weights: it has no adapter without `lora`")
+        return written_config(self._lora)
+
     def save(self, folder: str | Path, tag: str, client: Mapping[str, Any] | None = None) -> None:
         """Writes weights, optimiser and `client` (JSON) to `folder/tag`; it is a checkpoint once every rank is done.
 
@@ -377,24 +397,6 @@ class Learner:
         weights = {name: tensor.cpu() for name, tensor in self.weights() if self.rank == 0}
         if self.rank == 0:
             write_model(url, self.model, weights, tokenizer_dir)
-
-    def export_adapter(self, folder: str | Path) -> None:
-        """Writes the adapter alone, in PEFT's format, to a new folder (rank 0); every rank must call it.
-
-        Raises:
-            ValueError: the learner trains no adapter.
-            FileExistsError: the folder is there already.
-        """
-        import deepspeed
-
-        if self._lora is None:
-            raise ValueError("the learner trains all weights; there is no adapter to export without `lora`")
-        weights = {}
-        for name, parameter in adapter_parts(self.model):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                weights[name] = parameter.detach().cpu().clone()
-        if self.rank == 0:
-            write_adapter(Path(folder), self._lora, weights)
 
     def close(self) -> None:
         """Frees the engine and leaves the process group; the process may make another learner after it."""

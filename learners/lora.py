@@ -6,11 +6,11 @@ as the adapter alone, in PEFT's format, which vLLM loads beside the weights that
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,20 +115,22 @@ def adapter_parts(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         yield f"base_model.model.{name.replace(f'.{_NAME}.', '.')}", parameter
 
 
-def write_adapter(folder: Path, config: LoraConfig, weights: Mapping[str, Tensor]) -> None:
-    """Writes an adapter in PEFT's format to a folder that must not be there yet: vLLM tells adapters by their paths.
+def written_config(config: LoraConfig) -> str:
+    """What PEFT writes to adapter_config.json."""
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return (Path(folder) / "adapter_config.json").read_text()
 
-    Raises:
-        FileExistsError: the folder is there.
+
+def write_adapter(folder: Path, config: str, weights: Mapping[str, Tensor]) -> None:
+    """Writes an adapter in PEFT's format to a folder.
+
+    Args:
+        config: content of adapter_config.json.
+        weights: under the names of `adapter_parts`.
     """
-    if folder.exists():
-        raise FileExistsError(f"adapter '{folder}' is there already; every version needs a folder of its own")
-    fresh = folder.with_name(folder.name + ".part")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    config.save_pretrained(str(fresh))
-    save_file(dict(weights), fresh / "adapter_model.safetensors", {"format": "pt"})
-    fresh.rename(folder)
+    (folder / "adapter_config.json").write_text(config)
+    save_file(dict(weights), folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def _trained(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -36,6 +36,8 @@ def path(tmp_path: Path) -> Path:
             "learner={steps: 2, warmup_steps: 2, schedule: linear, prompts_per_step: 4, samples_per_prompt: 2, lr: 1}",
             "below",
         ),
+        ("weights=ncl", "weights: input should be 'host', 'nccl' or 'ipc', not 'ncl'"),
+        ("weights=nccl", "weights: nccl needs learner.gpus and rollout.gpus"),
         ("policy.path=null", "policy needs one of `path`"),
         ("policy={tiny: {}}", "add an `sft` section"),
         ("learner.steps", "must read key=value"),
@@ -106,6 +108,14 @@ def test_an_adapter_has_pefts_names_and_ranks_that_share_sequences_must_come_out
     assert lora is not None and (lora.r, lora.lora_alpha, lora.target_modules) == (8, 32, "all-linear")
     with pytest.raises(ConfigError, match=r"learner\.lora\.alpha.*did you mean 'lora_alpha'"):
         load(path, ["learner.lora={r: 8, alpha: 16}"])
+    served = ["learner.lora={r: 32}", "rollout.engine={enable_lora: true, max_lora_rank: 32}"]
+    load(path, served)
+    for change, wrong in (
+        ("learner.lora=null", "needs learner.lora"),
+        ("rollout.engine.max_lora_rank=16", "must be at least learner.lora.r, 32"),
+    ):
+        with pytest.raises(ConfigError, match=wrong):
+            load(path, [*served, change])
     with pytest.raises(ConfigError, match=r"learner\.ranks must be a multiple of learner\.sequence_parallel"):
         load(path, ["learner.ranks=3", "learner.sequence_parallel=2"])
 

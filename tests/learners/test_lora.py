@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from learners.engine import Learner
+from learners.lora import write_adapter
 from learners.packing import Sample
 from learners.sft import train_tokenizer
 
@@ -37,7 +38,8 @@ def test_the_exported_adapter_on_the_first_policy_is_the_exported_policy(
     for _ in range(3):
         engine.step(samples)
     engine.export(tmp_path / "policy", tmp_path / "tokenizer")
-    engine.export_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", engine.adapter_config, dict(engine.adapter()))
     load = AutoModelForCausalLM.from_pretrained
     first, merged = load(model_dir, dtype=dtype), load(tmp_path / "policy")
     beside = PeftModel.from_pretrained(load(model_dir, dtype=dtype), tmp_path / "adapter")
@@ -119,10 +121,6 @@ def test_an_adapter_that_could_not_be_served_is_refused(learner: Make, lora: dic
         learner(lora=lora)
 
 
-def test_every_version_of_an_adapter_needs_a_folder_of_its_own(learner: Make, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no adapter to export"):
-        learner().export_adapter(tmp_path / "1")
-    engine = learner(**options(2))
-    engine.export_adapter(tmp_path / "1")
-    with pytest.raises(FileExistsError, match="a folder of its own"):
-        engine.export_adapter(tmp_path / "1")
+def test_a_learner_of_all_weights_has_no_adapter(learner: Make) -> None:
+    with pytest.raises(ValueError, match="it has no adapter without `lora`"):
+        _ = learner().adapter_config
