@@ -1,12 +1,12 @@
-"""The feeder: accepts prompts into the store, never more than the staleness bound can use.
+"""The feeder: accepts prompts into the store, never more than the staleness bound can use (`replay.staleness`).
 
-With `n` optimiser steps done, at most `(max_staleness + n + 1) * prompts_per_step` groups may have been accepted; so a
-group that is generated at once is never older than `max_staleness` steps when its turn comes. The data cursor is the
-number of accepted groups: it is in the store, and so survives with it.
+It keeps no count of its own: what is open is read from the store each time, and the data cursor is the number of groups
+ever accepted. So nothing is counted twice or forgotten when it, the store or the whole run comes back.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +17,9 @@ import ray
 from actors.worker import StageWorker
 from corpus import prompts
 from replay.record import SCHEMAS, Blob, Prompt, updates
+from replay.staleness import Capacity
+
+POLL_S = 0.25
 
 
 @ray.remote
@@ -27,8 +30,8 @@ class Feeder(StageWorker):
         store, hub: handles.
         source, count: of the training set (`corpus.prompts.load`).
         samples: trajectories a group.
-        prompts_per_step, max_staleness: of the learner.
-        steps: optimiser steps of the run; no more groups are accepted than it can use.
+        capacity: how many groups may be open.
+        first: place in the data order of the store's first group; above 0 in the clone of a run.
         seed: of the order and of the sampling.
     """
 
@@ -42,33 +45,28 @@ class Feeder(StageWorker):
         source: str,
         count: int,
         samples: int,
-        prompts_per_step: int,
-        max_staleness: int,
-        steps: int,
+        capacity: Capacity,
+        first: int,
         seed: int,
     ) -> None:
         super().__init__(store)
         self._hub, self._samples, self._seed = hub, samples, seed
         self._prompts = prompts.load(source, "train", count, seed).prompts
-        self._per_step, self._staleness, self._steps = prompts_per_step, max_staleness, steps
+        self._capacity, self._first = capacity, first
 
     async def loop(self) -> None:
-        version: int | None = None
         while True:
-            newer = await self._hub.newer.remote(version, 5.0)
-            version = newer[0] if newer else version
-            if version is None:
-                continue
+            # First the version: between a step's publishing and its end in the store its groups count as open still.
+            version, _ = await self._hub.current.remote()
             groups = (await self._store.state("train"))["groups"]
-            done = updates(version)
-            allowed = min(self._staleness + done + 1, self._steps) * self._per_step
-            unused = groups["ended"] - groups["trained"]  # dropped ones give their place back
-            room = allowed + unused - groups["accepted"]
-            for order in range(groups["accepted"], groups["accepted"] + max(0, room)):
-                rows, blobs = group_rows(self._pick(order), "train", order, self._samples, self._seed)
-                await self._store.put("pending", rows, blobs)
+            waiting = groups["accepted"] - groups["ended"] - groups["running"]
+            left = self._capacity.left(updates(version), waiting, groups["running"])
+            for order in range(groups["accepted"], groups["accepted"] + left):
+                prompt = self._pick(self._first + order)
+                await self._store.put("pending", *group_rows(prompt, "train", order, self._samples, self._seed))
                 self.begin(1)
                 self.end(1)
+            await asyncio.sleep(POLL_S)
 
     async def accept(self, purpose: str, accepted: Sequence[Prompt]) -> None:
         """Accept an evaluation's prompts, one sample each. Those that the store already has stay as they are."""

@@ -18,7 +18,7 @@ from actors.buckets import BucketGone
 from actors.engine import Engine, EngineDied
 from actors.weights import Puller, Weights
 from actors.worker import StageWorker
-from replay.record import SCHEMAS, updates
+from replay.record import SCHEMAS, staleness, updates
 from replay.store import Claim
 
 COLUMNS = ["question", "given", "seed"]
@@ -39,6 +39,7 @@ class RolloutWorker(StageWorker):
         engine: vLLM's engine arguments.
         weights: backend that new weights come by, a key of `actors.engine.TRANSFERS`.
         name: in rows and metrics.
+        max_staleness: how many versions behind the newest an answer may begin.
     """
 
     stage = "rollout"
@@ -55,6 +56,7 @@ class RolloutWorker(StageWorker):
         engine: Mapping[str, Any],
         name: str,
         weights: str = "host",
+        max_staleness: int = 0,
     ) -> None:
         super().__init__(store)
         self._hub, self._name = hub, name
@@ -63,6 +65,7 @@ class RolloutWorker(StageWorker):
         self._free = concurrency
         self._done: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._purpose: str | None = None
+        self._newest, self._max_staleness = 0, max_staleness
 
     async def setup(self) -> None:
         newest = await self._hub.newer.remote(None, FIRST_S)
@@ -113,7 +116,13 @@ class RolloutWorker(StageWorker):
                 "pending", limit=1, by_group=True, columns=COLUMNS, purpose=self._purpose, wait_s=5.0
             )
             if claim is not None:
+                await self._keep_up()
                 self._start(claim)
+
+    async def _keep_up(self) -> None:
+        """Wait for newer weights while whatever is begun with the present ones would be too old from the start."""
+        while staleness(self._newest, self._engine.version) > self._max_staleness:
+            await asyncio.sleep(0.02)
 
     def _start(self, claim: Claim) -> None:
         rows = claim.rows.to_pylist()
@@ -163,6 +172,7 @@ class RolloutWorker(StageWorker):
             newer = await self._hub.newer.remote(seen, 30.0)
             if newer is not None:
                 seen, weights = newer
+                self._newest = seen
                 await self._take(weights)
 
     async def _take(self, weights: Weights) -> None:

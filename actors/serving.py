@@ -11,8 +11,9 @@ import asyncio
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from ray import serve
 from ray.exceptions import RayError
@@ -22,6 +23,8 @@ from agent.render import Made
 from replay.record import Blob
 from rewards.base import JudgeFailed, Rendered, Verdict
 from tools.base import CallFailed, ToolResult, load
+
+T = TypeVar("T")
 
 CACHE_SIZE = 2048  # results kept by a replica
 TRIES = 3  # of a call, for infrastructure failures only
@@ -38,17 +41,19 @@ class ToolServer:
     Args:
         name: of the tool, built in or from an entry point.
         options: its keyword options.
+        concurrency: calls that run at once.
     """
 
-    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, options: Mapping[str, Any], concurrency: int) -> None:
         self._tool = load(name)(**options)
+        self._threads = ThreadPoolExecutor(concurrency)
         self._cache: OrderedDict[str, asyncio.Task[Made]] = OrderedDict()
 
     async def run(self, params: dict[str, Any], images: list[Blob]) -> Made:
         key = _content(params, images)
         task = self._cache.get(key)
         if task is None:
-            task = self._cache[key] = asyncio.create_task(asyncio.to_thread(self._call, params, images))
+            task = self._cache[key] = asyncio.create_task(_in_thread(self._threads, self._call, params, images))
             task.add_done_callback(lambda done: self._forget_failure(key, done))
             while len(self._cache) > CACHE_SIZE:
                 self._cache.popitem(last=False)
@@ -76,15 +81,17 @@ class JudgeServer:
     Args:
         judge: `module:class`.
         options: its keyword options.
+        concurrency: documents that are judged at once, of whatever batch.
     """
 
-    def __init__(self, judge: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, judge: str, options: Mapping[str, Any], concurrency: int) -> None:
         module, _, cls = judge.partition(":")
         self._judge = getattr(__import__(module, fromlist=[cls]), cls)(**options)
+        self._threads = ThreadPoolExecutor(concurrency)
 
     async def judge(self, docs: list[Rendered]) -> list[Verdict | str]:
         """A verdict a document, or why there is none."""
-        return [await asyncio.to_thread(self._one, doc) for doc in docs]
+        return list(await asyncio.gather(*(_in_thread(self._threads, self._one, doc) for doc in docs)))
 
     def _one(self, doc: Rendered) -> Verdict | str:
         try:
@@ -140,6 +147,11 @@ class JudgeClient(_Client):
         """A verdict a document, or why there is none. Raises Outage."""
         verdicts = await self._ask("judge", list, docs)
         return [v if isinstance(v, Verdict | str) else f"{self._what} answered {type(v).__name__}" for v in verdicts]
+
+
+async def _in_thread(threads: ThreadPoolExecutor, func: Callable[..., T], *args: Any) -> T:
+    """Run a function in a pool of our own: Serve gives a replica that asks for a part of a core five threads."""
+    return await asyncio.get_running_loop().run_in_executor(threads, func, *args)
 
 
 def tool_app(pool: str, name: str) -> str:

@@ -116,8 +116,9 @@ class StoreActor:
         return self._store.version()
 
     async def state(self, purpose: str = "train") -> dict[str, dict[str, int]]:
-        """Trajectories by status, and groups, of one purpose."""
-        return {"counts": self._store.counts(purpose), "groups": self._store.groups(purpose)}
+        """Trajectories by status, and groups (those of `Store.groups`, and `running`), of one purpose."""
+        groups = self._store.groups(purpose) | {"running": self._store.running(purpose)}
+        return {"counts": self._store.counts(purpose), "groups": groups}
 
     async def close(self) -> None:
         self._store.close()
@@ -215,7 +216,8 @@ class StoreClient:
         return await self._all("version")
 
     async def state(self, purpose: str = "train") -> dict[str, dict[str, int]]:
-        """Trajectories by status, and groups, of one purpose; sets the queue metrics."""
+        """Trajectories by status, and groups (those of `Store.groups`, and `running`), of one purpose; sets the queue
+        metrics."""
         states = await self._all("state", purpose)
         counts, groups = (Counter[str]() for _ in range(2))
         for state in states:
@@ -223,7 +225,8 @@ class StoreClient:
             groups.update(state["groups"])
         for stage, status in _QUEUES.items():
             metrics.gauge("queue_length", counts[status], stage=stage)
-        return {"counts": dict(counts), "groups": {k: groups[k] for k in ("accepted", "ended", "trained")}}
+        names = ("accepted", "ended", "trained", "running")
+        return {"counts": dict(counts), "groups": {name: groups[name] for name in names}}
 
     async def close(self) -> None:
         await self._all("close")

@@ -27,6 +27,7 @@ from cluster.config import Config, Resources
 from cluster.servers import RunFailed, actor_options, deploy, judges, tool_specs
 from learners.checkpoint import CONVERT_S
 from replay.record import Prompt, version
+from replay.staleness import Capacity
 from replay.store import Retention
 from replay.view import make_shards
 
@@ -95,7 +96,13 @@ class Pools:
         model: the policy to start from.
         incarnation: which life of the run this is.
         checkpoint: manifest to go on from, or None.
+        first: place in the data order that the store begins at.
+
+    Attributes:
+        client_class: how everyone sees the store.
     """
+
+    client_class: type[StoreClient] = StoreClient
 
     def __init__(
         self,
@@ -103,8 +110,9 @@ class Pools:
         model: str,
         incarnation: int,
         checkpoint: Mapping[str, Any] | None,
+        first: int = 0,
     ) -> None:
-        self.config, self._model = config, model
+        self.config, self._model, self._first = config, model, first
         self._incarnation, self._checkpoint = incarnation, checkpoint
         self._owned: list[str] = []
         self._all: list[Any] = []
@@ -216,7 +224,7 @@ class Pools:
             for url in make_shards(f"{c.folder}/replay", c.store.shards)
         ]
         self._shards = shards
-        self.store = StoreClient(shards)
+        self.store = self.client_class(shards)
         self.store.now(self.store.rewind(step), START_S)
         self.hub = _actor(WeightHub, **service).remote()
         self.feeder = _actor(Feeder, **service, max_restarts=-1).remote(
@@ -225,9 +233,8 @@ class Pools:
             source=c.prompts.train,
             count=c.prompts.count,
             samples=c.learner.samples_per_prompt,
-            prompts_per_step=c.learner.prompts_per_step,
-            max_staleness=c.learner.steps if c.train.only else c.learner.max_staleness,
-            steps=0 if c.train.only == "learn" else c.learner.steps,
+            capacity=_capacity(c),
+            first=self._first,
             seed=c.seed,
         )
         self._all = [self.hub, self.feeder]
@@ -256,6 +263,7 @@ class Pools:
                 engine=c.rollout.engine,
                 name=f"rollout-{i}",
                 weights=c.weights,
+                max_staleness=c.learner.max_staleness,
             )
             for i in range(c.rollout.workers)
         ]
@@ -350,6 +358,19 @@ class Pools:
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise RunFailed(f"{who} failed to start: {error.cause!r}") from error
+
+
+def _capacity(config: Config) -> Capacity:
+    """What may be open. A run without a learner may fill its store; one without engines has all it needs."""
+    c, only = config.learner, config.train.only
+    stages = (config.rollout, config.render, config.score)
+    held = sum(stage.workers * stage.concurrency for stage in stages)
+    return Capacity(
+        max_staleness=c.steps if only else c.max_staleness,
+        batch=c.prompts_per_step,
+        concurrency=-(-2 * held // c.samples_per_prompt),  # as much again waits, so that no worker does
+        steps=0 if only == "learn" else c.steps,
+    )
 
 
 def _actor(cls: Any, **options: Any) -> Any:

@@ -16,6 +16,7 @@ from replay.storage import storage
 from replay.view import wait_until_free
 
 CONFIG, METRICS, SUMMARY, REPORT = "config.yaml", "metrics.jsonl", "summary.json", "report.html"
+_ORIGIN = "origin"
 
 
 class RunFolder:
@@ -52,6 +53,25 @@ class RunFolder:
             say(f"moving the earlier run to {aside}")
             folders.move(self.url, aside, CONFIG)
         self.write(CONFIG, config.dump())
+
+    def clone(self, other: RunFolder, config: Config) -> None:
+        """Begin anew with another run's committed checkpoint, if it has one, and with a store of its own.
+
+        Args:
+            other: the run that is cloned; it may go on meanwhile.
+            config: of the clone.
+        """
+        checkpoint = other.checkpoints.committed()
+        self.open(config, resume=False)
+        if folders.exists(other.start):
+            folders.copy(other.start, self.start)
+        if checkpoint is not None:
+            self.write(_ORIGIN, str(checkpoint["step"]))
+            self.checkpoints.adopt(other.checkpoints, checkpoint)
+
+    def origin(self) -> int:
+        """Optimiser steps that the run had behind it when it began here: 0, unless it is a clone."""
+        return int(self.read(_ORIGIN)) if self.has(_ORIGIN) else 0
 
     def has(self, name: str) -> bool:
         return name in {f.name for f in self._files.files("")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import ray
 from ray import serve
 
 from actors.serving import JudgeServer, ToolServer, judge_app, tool_app
@@ -23,22 +24,21 @@ ENVIRONMENT = {
 }
 
 
+SERVE_S = 120.0
+
+
 class RunFailed(RuntimeError):
     """The run cannot go on; the message says who waited for whom, or what broke."""
 
 
 def deploy(config: Config, pool: str) -> list[str]:
     """Start the tool and judge servers of a config as Serve applications; returns their names."""
-    serve.start(proxy_location="Disabled", http_options={"host": "127.0.0.1"})
+    if ray.util.get_current_placement_group() is not None:  # Serve must not end with the trial that came first
+        ray.get(ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_start_serve).remote(), timeout=SERVE_S)
+    _start_serve()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    targets = [
-        serve.RunTarget(_deployment(ToolServer, p).bind(name, p.options), name=tool_app(pool, name), route_prefix=None)
-        for name, p in config.tools.items()
-    ] + [
-        serve.RunTarget(
-            _deployment(JudgeServer, p).bind(p.judge, p.options), name=judge_app(pool, name), route_prefix=None
-        )
-        for name, p in judges(config).items()
+    targets = [_target(tool_app(pool, name), ToolServer, p, name) for name, p in config.tools.items()] + [
+        _target(judge_app(pool, name), JudgeServer, p, p.judge) for name, p in judges(config).items()
     ]
     try:
         serve.run_many(targets)
@@ -47,20 +47,25 @@ def deploy(config: Config, pool: str) -> list[str]:
     return [target.name for target in targets]
 
 
+def _start_serve() -> None:
+    serve.start(proxy_location="Disabled", http_options={"host": "127.0.0.1"})
+
+
 def tool_specs(config: Config) -> dict[str, ToolSpec]:
     """The protocol's tools: those that the config serves."""
     classes: dict[str, Any] = {name: load(name) for name in config.tools}
     return {name: cls.spec for name, cls in classes.items()}
 
 
-def _deployment(server: Any, pool: ToolPool | JudgePool) -> Any:
-    return server.options(
+def _target(app: str, server: Any, pool: ToolPool | JudgePool, what: str) -> serve.RunTarget:
+    deployment = server.options(
         num_replicas=pool.replicas,
         max_ongoing_requests=pool.concurrency,
         ray_actor_options=actor_options(pool),
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=2,
     )
+    return serve.RunTarget(deployment.bind(what, pool.options, pool.concurrency), name=app, route_prefix=None)
 
 
 def judges(config: Config) -> dict[str, JudgePool]:

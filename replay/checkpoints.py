@@ -69,6 +69,11 @@ class Checkpoints:
             raise StoreError(f"life {newest} has taken up the run of {self.url}; this one, {incarnation}, stops")
         self._files.replace(_MANIFEST, json.dumps(manifest).encode())
 
+    def adopt(self, other: Checkpoints, manifest: Mapping[str, Any]) -> None:
+        """Begin, before the first life, with a checkpoint of another run."""
+        folders.copy(f"{other.url}/{manifest['tag']}", f"{self.url}/{manifest['tag']}")
+        self._files.replace(_MANIFEST, json.dumps({**manifest, "best": None}).encode())
+
     def tags(self) -> list[str]:
         """Tags of all checkpoints, also those that were never committed, oldest first."""
         return [name for name in folders.subfolders(self.url) if name != _LIVES]

@@ -90,7 +90,7 @@ def written(url: str) -> Iterator[str]:
 
 
 def copy(url: str, to: str) -> None:
-    """Put a copy of the model at `url` in the place of the one at `to`, both at paths or both in a bucket.
+    """Put a copy of the folder at `url` in the place of the one at `to`, both at paths or both in a bucket.
 
     Raises:
         StoreError: it could not be copied; what was at `to` may be gone.

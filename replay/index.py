@@ -26,7 +26,7 @@ _FIELDS: dict[str, type] = {
     "purpose": np.int16,
     "status": np.uint8,
     "attempt": np.int16,
-    "version": np.int64,  # oldest policy version among its tokens, -1 before there are any
+    "version": np.int64,  # oldest policy version among its tokens, -1 if there are none (yet)
     "step": np.int64,  # optimiser step that trained it, -1 if none
     "claims": np.uint8,
     "token": np.int64,  # of the lease, 0 without one
@@ -219,6 +219,12 @@ class Index:
         """By number: whether the trajectory still stands at a stage (and was not forgotten)."""
         return ~_IS_END[self._rows["status"][: self._rows.length]]
 
+    def running(self, purpose: str) -> int:
+        """Groups of which a sample is neither scored nor has ended."""
+        n = self._of_group.length
+        mine = self._of_group["purpose"][:n] == self.purposes.get(purpose, -1)
+        return int(np.sum(mine & (self._of_group["unfinished"][:n] > 0)))
+
     def _has(self, purpose: str) -> bool:
         return purpose in self.purposes
 
@@ -270,12 +276,12 @@ def _codes_flag(code: int) -> np.ndarray:
 
 
 def _oldest(versions: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """The smallest number in each list; 0 for an empty or missing one."""
+    """The smallest number in each list; -1 for an empty or missing one."""
     chunks = versions.chunks if isinstance(versions, pa.ChunkedArray) else [versions]
     out = []
     for chunk in chunks:
         lengths = chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-        least = np.zeros(len(chunk), np.int64)
+        least = np.full(len(chunk), -1, np.int64)
         if lengths.any():
             values = chunk.flatten().to_numpy(zero_copy_only=False)
             filled = lengths > 0

@@ -367,6 +367,10 @@ class Store:
         gone = self._manifest.collected.get(purpose, {})
         return {name: n + gone.get(f"groups_{name}", 0) for name, n in out.items()}
 
+    def running(self, purpose: str) -> int:
+        """Groups of which a sample is neither scored nor has ended."""
+        return self._index.running(purpose)
+
     def purposes(self) -> list[str]:
         """`train` and the names of evaluations, sorted."""
         return sorted({*self._index.purposes, *self._manifest.collected})
@@ -599,7 +603,8 @@ class Store:
         return i is not None and self._index["attempt"][i] == attempt and status in self._moves(i)
 
     def _stale(self, members: Sequence[int], version: int, bound: int) -> bool:
-        return any(staleness(version, max(0, int(self._index["version"][m]))) > bound for m in members)
+        oldest = [int(self._index["version"][m]) for m in members]
+        return any(then >= 0 and staleness(version, then) > bound for then in oldest)  # no token is never too old
 
     def _held(self, token: int) -> list[int]:
         """What a lease still holds: not what has moved on, or was claimed by another after it ran out."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
+from actors.store import StoreActor
 from benchmarks import replay, weights
+from cluster import bench
 from cluster.config import Config
+from cluster.synchronous import InTurns
+from tests.replay.rows import pending, row
 
 pytestmark = pytest.mark.integration
 
@@ -36,3 +42,30 @@ def test_weights_take_both_ways_to_a_real_engine(
     rates = {"memcpy_gb_s", "shm_gb_s", "object_store_gb_s"}
     assert set(results) == rates | {"shm_vs_memcpy", "update_s", "pause_s", "mb"}
     assert all(value > 0 for value in results.values()) and results["pause_s"] < results["update_s"]
+
+
+def test_stages_that_take_turns_wait_for_the_last_document_before_them(local_ray: None, tmp_path: Path) -> None:
+    shard: Any = StoreActor
+    store = InTurns([shard.options(num_cpus=0.01).remote(str(tmp_path / "replay"))])
+    options = {"limit": 9, "lease_s": 60.0, "columns": []}
+    store.now(store.put("pending", pending()))
+    store.now(store.put("generated", row("generated", "g0/0", versions=[0])))
+    assert store.now(store.claim("generated", wait_s=0.2, **options)) is None
+    store.now(store.put("generated", row("generated", "g0/1", versions=[0])))
+    found = store.now(store.claim("generated", wait_s=0.2, **options))
+    assert found is not None and found.trajectories == ["g0/0", "g0/1"]
+    store.now(store.put("rendered", row("rendered", "g0/0")))
+    assert store.now(store.claim("rendered", wait_s=0.2, **options)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_both_runs_of_the_overlap_benchmark_do_the_same_work() -> None:
+    ray.shutdown()  # the benchmark's own package must be there before Ray is
+    small = ["sft.documents=960", "learner.steps=2", "learner.prompts_per_step=2", "learner.samples_per_prompt=4"]
+    small += ["prompts.heldout_count=4", "tools.paint.options.seconds=0.1"]
+    small += [f"judges.{name}.options.seconds=0.1" for name in ("text", "image")]
+    results = bench.run("overlap", Path("examples/tiny.yaml"), small)["results"]
+    assert results["async_vs_sync"] > 0
+    assert results["sync_staleness"] == results["sync_written_again"] == 0
+    assert 0.5 < results["sync_calls"] <= 1.5

@@ -115,6 +115,18 @@ def test_versions_of_an_abandoned_life_count_as_fresh(store: Store) -> None:
     assert claim(store, "scored", by_group=True, version=version(1, 5), max_staleness=0) is not None
 
 
+def test_an_answer_without_tokens_is_never_too_old(local: Store) -> None:
+    local.put("pending", pending())
+    local.put("generated", row("generated", "g0/0", versions=[], text=""))
+    local.put("generated", row("generated", "g0/1", versions=[7]))
+    assert local.running("train") == 1
+    for stage in ("rendered", "scored"):
+        for name in ("g0/0", "g0/1"):
+            local.put(stage, row(stage, name, reward=0.0) if stage == "scored" else row(stage, name))
+    assert local.running("train") == 0
+    assert claim(local, "scored", by_group=True, version=9, max_staleness=2) is not None
+
+
 def test_a_purpose_is_claimed_by_itself(store: Store) -> None:
     store.put("pending", pending("a"))
     store.put("pending", pending("b", purpose="before"))
