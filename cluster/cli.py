@@ -37,7 +37,9 @@ def train(
     """Train a policy by reinforcement learning (cold-starts it first if it does not exist yet)."""
     run = load(config, overrides or [])
     if dry_run:
-        _dry_run(run)
+        from cluster import dry_run as plan
+
+        plan.show(run)
         return
     from cluster import train as driver
 
@@ -91,26 +93,6 @@ def doctor(fix: Annotated[bool, typer.Option(help="mend what can be mended")] = 
     from cluster import doctor as doc
 
     raise typer.Exit(doc.run(fix))
-
-
-def _dry_run(run: Config) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from cluster.pools import placement
-
-    print(run.dump())
-    table = Table("actor", "number", "CPU each", "GPU each", "other", title="placement")
-    rows = placement(run)
-    for name, n, r in rows:
-        table.add_row(name, str(n), f"{r.cpus:g}", f"{r.gpus:g}", str(r.resources or ""))
-    table.add_section()
-    table.add_row(
-        "all",
-        str(sum(n for _, n, _ in rows)),
-        *(f"{sum(n * getattr(r, k) for _, n, r in rows):g}" for k in ("cpus", "gpus")),
-    )
-    Console().print(table)
 
 
 def _print_summary(summary: dict, run: Config) -> None:

@@ -71,8 +71,26 @@ def build_policy(
         raise ValueError(f"a policy needs sizes of at least 1, not {bad}")
     tokenizer = train_tokenizer(texts, vocab_size, pieces)
     pad, bos, eos = (tokenizer.convert_tokens_to_ids(t) for t in (PAD, BOS, EOS))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    config = tiny_config(len(tokenizer), hidden_size, layers, heads, intermediate_size, max_length)
+    config.update({"pad_token_id": pad, "bos_token_id": bos, "eos_token_id": eos})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+
+
+def tiny_config(
+    vocab_size: int,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    intermediate_size: int | None = None,
+    max_length: int = 2048,
+) -> LlamaConfig:
+    """The config of such a Llama, but for its tokenizer's special tokens; arguments are those of `build_policy`."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size or -(-hidden_size * 8 // 3 // 32) * 32,
         num_hidden_layers=layers,
@@ -81,15 +99,7 @@ def build_policy(
         head_dim=HEAD_DIM,
         max_position_embeddings=max_length,
         tie_word_embeddings=True,
-        pad_token_id=pad,
-        bos_token_id=bos,
-        eos_token_id=eos,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, pieces: Sequence[str] = ()) -> PreTrainedTokenizerFast:
