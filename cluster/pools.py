@@ -158,8 +158,15 @@ class Pools:
             elif isinstance(cause := result.get(), ray.exceptions.RayTaskError):
                 raise RunFailed(f"{stage} failed: {cause.cause}") from cause
             elif isinstance(cause, ray.exceptions.ActorDiedError):  # those that may restart are only unavailable
-                raise RunFailed(f"a {stage} actor died; `llmi train CONFIG --resume` goes on: {cause}") from cause
+                raise _died(stage, cause) from cause
         return found
+
+    def steps(self, since: int) -> list[dict[str, float]]:
+        """Metrics of the optimiser steps from index `since` on. Raises RunFailed if the learner died."""
+        try:
+            return ray.get(self.learners[0].history.remote(since), timeout=PING_S)
+        except ray.exceptions.ActorDiedError as cause:
+            raise _died("learn", cause) from cause
 
     def evaluate(self, purpose: str, prompts: Sequence[Prompt], on_progress: Any = None) -> None:
         """Run a prompt set through rollout, tools and judges; returns when every document has come to an end."""
@@ -371,6 +378,11 @@ def _capacity(config: Config) -> Capacity:
         concurrency=-(-2 * held // c.samples_per_prompt),  # as much again waits, so that no worker does
         steps=0 if only == "learn" else c.steps,
     )
+
+
+def _died(stage: str, cause: Exception) -> RunFailed:
+    why = str(cause).splitlines()[-1].partition(". Some common causes")[0]
+    return RunFailed(f"a {stage} actor died; `llmi train CONFIG --resume` goes on: {why}")
 
 
 def _actor(cls: Any, **options: Any) -> Any:

@@ -24,7 +24,7 @@ from cluster.cold_start import starting_policy
 from cluster.config import Config
 from cluster.console import Progress, say
 from cluster.memory import PeakMemory
-from cluster.pools import PING_S, STAGES, Pools, init_ray, placement
+from cluster.pools import STAGES, Pools, init_ray, placement
 from cluster.run_folder import CONFIG, RunFolder
 from cluster.servers import RunFailed
 from corpus import keywords, prompts
@@ -186,7 +186,7 @@ class Trainer(tune.Trainable):
     def _next_row(self) -> dict[str, Any]:
         """Wait for one optimiser step, watching everyone meanwhile."""
         while not self._rows:
-            self._rows = ray.get(self._pools.learners[0].history.remote(self._fetched), timeout=PING_S)
+            self._rows = self._pools.steps(self._fetched)
             self._fetched += len(self._rows)
             if self._rows:
                 self._moved = time.monotonic()
