@@ -20,6 +20,9 @@ import torch.distributed as dist
 #: DeepSpeed's shared-memory all-reduce: built with a C++ compiler at start-up, and only used for inference.
 _UNUSED_OP = "deepspeed_shm_comm"
 
+#: Variables that tell libraries of a rank's place.
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 class RankLost(RuntimeError):
     """Another rank of the learner died or did not answer in time; this one cannot go on."""
@@ -73,8 +76,7 @@ def join(rank: int, world_size: int, master_addr: str, master_port: int, timeout
     except (OSError, dist.DistError) as e:
         who = f"rank {rank} of {world_size}"
         raise RuntimeError(f"{who} did not meet the others at {place} within {timeout_s:g} s: {e}") from e
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
-    os.environ.update(MASTER_ADDR=master_addr, MASTER_PORT=str(store.port))
+    os.environ.update(zip(_PLACE, (str(rank), str(world_size), "0", master_addr, str(store.port)), strict=True))
     # DeepSpeed's calls of torch's older collectives warn once a call site and process.
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     import deepspeed
@@ -99,6 +101,8 @@ def leave() -> None:
 
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
+    for name in _PLACE:  # or what comes next in this process would take itself for a rank
+        os.environ.pop(name, None)
 
 
 def reduced(values: list[float], op: dist.ReduceOp.RedOpType, device: torch.device) -> list[float]:
