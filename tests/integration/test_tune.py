@@ -79,6 +79,7 @@ def trained(folder: RunFolder) -> dict[str, int]:
     return View(folder.replay).counts("train")
 
 
+@pytest.mark.slow
 def test_a_grid_of_two_is_two_runs_each_with_a_store_of_its_own(space: dict[str, Any], tmp_path: Path) -> None:
     space["config"]["learner"]["lr"] = tune.grid_search([1e-4, 1e-2])
     results = tuner(Trainer, space, tmp_path).fit()

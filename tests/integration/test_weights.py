@@ -141,6 +141,7 @@ class Bench:
         return ray.get([w.apply.remote(_score, SEQUENCE) for w in self.workers], timeout=60)
 
 
+@pytest.mark.slow
 def test_requests_end_with_the_adapter_they_began_with_and_new_ones_use_the_new_one(
     local_ray: None, tmp_path: Path
 ) -> None:
@@ -265,6 +266,7 @@ def test_weights_that_are_not_the_models_are_refused_and_right_ones_mend_the_eng
     assert bench.scores()[0] == pytest.approx(bench.logprobs(SEQUENCE), abs=CLOSE)
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_in_the_middle_of_an_update_starts_anew_with_the_newest_weights(bench: Bench) -> None:
     rows, _ = group_rows(Prompt("killed", "what is a dog?"), "killed", 0, 8, 0)
     old = ray.get(bench.workers[0].apply.remote(_pid), timeout=60)
