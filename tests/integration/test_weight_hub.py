@@ -28,7 +28,6 @@ def nodes() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         options = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=options | {"resources": {"here": 9}})
         cluster.add_node(num_cpus=2, object_store_memory=100 << 20, resources={"there": 9})
