@@ -33,7 +33,7 @@ OVERRIDES = ()
 ROUNDS = 5
 TOKENS, IMAGES, IMAGE_BYTES = 1000, 2, 200_000  # of a row that is appended
 APPENDED, BATCH = 256, 16  # rows a round, and of them at once
-REST_S = 4.0  # between rounds of appends: a rented disk takes a gigabyte at once, and then a sixth of its speed
+REST_S = 2.0  # before a writer's turn: a rented disk takes a gigabyte at once, and then a sixth of its speed
 STORED, READ, ROW_GROUP = 6000, 200, 64  # rows of a 100 MB segment, of a random read, of a Parquet row group
 CLAIMED, CLAIM = 20_000, 64  # rows in all, and at once
 MANY, TABLE = 1_000_000, 50_000  # small rows of a store that is opened, and of the tables it is made of
@@ -78,9 +78,11 @@ def _append_round(
     first = turn * APPENDED
     batches = [batch(i, rng) for i in range(first, first + APPENDED, BATCH)]
     store.accept(pending(first, APPENDED))
-    time.sleep(REST_S)
     order = sorted(writers, reverse=turn % 2 == 0)
-    seconds = {name: timed(writers[name].append, batches) for name in order}
+    seconds = {}
+    for name in order:
+        time.sleep(REST_S)
+        seconds[name] = timed(writers[name].append, batches)
     say("  ".join([f"round {turn}", *(f"{name} {APPENDED / s:.0f} rows/s" for name, s in seconds.items())]))
     return seconds
 

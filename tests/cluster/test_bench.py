@@ -62,7 +62,16 @@ def test_the_seconds_of_a_step_are_medians_over_the_run(monkeypatch: pytest.Monk
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"ROUNDS": 2, "TOKENS": 20, "IMAGE_BYTES": 100, "APPENDED": 8, "BATCH": 4, "STORED": 24, "READ": 5}
+    sizes = {
+        "ROUNDS": 2,
+        "TOKENS": 20,
+        "IMAGE_BYTES": 100,
+        "REST_S": 0,
+        "APPENDED": 8,
+        "BATCH": 4,
+        "STORED": 24,
+        "READ": 5,
+    }
     sizes |= {"ROW_GROUP": 5, "CLAIMED": 20, "CLAIM": 8, "MANY": 40, "TABLE": 20}
     for name, size in sizes.items():
         monkeypatch.setattr(replay, name, size)

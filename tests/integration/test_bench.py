@@ -22,7 +22,7 @@ pytestmark = pytest.mark.integration
 def test_the_store_is_compared_with_each_rival(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, size in {"ROUNDS": 2, "TOKENS": 20, "IMAGE_BYTES": 100, "APPENDED": 12, "BATCH": 4}.items():
+    for name, size in {"ROUNDS": 2, "TOKENS": 20, "IMAGE_BYTES": 100, "REST_S": 0, "APPENDED": 12, "BATCH": 4}.items():
         monkeypatch.setattr(replay, name, size)
     results = replay.appends(tmp_path)
     assert (
