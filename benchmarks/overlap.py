@@ -12,7 +12,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from cluster.config import Config, ConfigError
+from cluster.cold_start import small_policy
+from cluster.config import Config
 from cluster.console import say
 from cluster.pools import init_ray
 from cluster.run_folder import RunFolder
@@ -63,10 +64,11 @@ def run(config: Config) -> dict[str, float]:
     save(prompts(), files["train"], "train")
     save(prompts(HELDOUT), files["heldout"], "heldout")
     init_ray()
+    policy = small_policy(config, documents, pieces=PIECES)
     shared = {
         "run_dir": config.folder,
         "prompts": config.prompts.model_copy(update=files),
-        "policy": config.policy.model_copy(update={"path": _policy(config), "tiny": None}),
+        "policy": config.policy.model_copy(update={"path": policy, "tiny": None}),
     }
     in_turns = {"name": f"{config.name}-sync", "learner": config.learner.model_copy(update={"max_staleness": 0})}
     at_once = {"name": f"{config.name}-async"}
@@ -95,39 +97,3 @@ def _arm(config: Config, trainer: type[Trainer]) -> dict[str, float]:
         "staleness": statistics.fmean(s["staleness"] for s in steps),
         "written_again": statistics.fmean(written.column("attempt").to_pylist()),
     }
-
-
-def _policy(config: Config) -> str:
-    """A tiny policy that writes one call a document, and half of the time the right one; returns its folder."""
-    from transformers import AutoTokenizer
-
-    from learners.sft import build_policy, run_sft
-
-    sft, tiny = config.sft, config.policy.tiny
-    if sft is None or tiny is None:
-        raise ConfigError("the overlap benchmark needs policy.tiny and an sft section: it makes its own policy")
-    say("overlap: a cold start of its own")
-    folder, pairs = f"{config.folder}/policy", list(documents(sft.documents, config.seed))
-    build_policy(folder, map("\n".join, pairs), pieces=PIECES, **tiny.model_dump(), seed=config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    docs = [
-        (
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-            ),
-            [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id],
-        )
-        for question, text in pairs
-    ]
-    run_sft(
-        folder,
-        folder,
-        docs,
-        lr=sft.lr,
-        max_steps=sft.documents // sft.documents_per_step,
-        docs_per_step=sft.documents_per_step,
-        tokens_per_microbatch=sft.tokens_per_microbatch,
-        threads=sft.threads,
-        seed=config.seed,
-    )
-    return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,4 +73,58 @@ def cold_start(config: Config, folder: str) -> str:
         raise RunFailed(f"the cold start failed: {error.cause!r}") from error
     finally:
         ray.kill(actor)
+    return folder
+
+
+def small_policy(
+    config: Config,
+    documents: Callable[[int, int], Iterable[tuple[str, str]]],
+    *,
+    texts: Iterable[str] = (),
+    pieces: Sequence[str] = (),
+    ended: bool = True,
+) -> str:
+    """A tiny policy of a benchmark's own, cold-started in this process; returns its folder, `policy` of the run's.
+
+    Args:
+        documents: (how many, seed) -> questions and answers that it learns.
+        texts: what its tokenizer learns its merges from besides.
+        pieces: strings that are one token each.
+        ended: answers end with the end token; a policy that never saw one writes on until it is cut off.
+
+    Raises:
+        ConfigError: the config has nothing to cold-start.
+    """
+    from transformers import AutoTokenizer
+
+    from learners.sft import build_policy, run_sft
+
+    sft, tiny = config.sft, config.policy.tiny
+    if sft is None or tiny is None:
+        raise ConfigError("this benchmark makes its own policy: it needs policy.tiny and an sft section")
+    say("a cold start of the benchmark's own")
+    folder, pairs = f"{config.folder}/policy", list(documents(sft.documents, config.seed))
+    build_policy(folder, chain(texts, map("\n".join, pairs)), pieces=pieces, **tiny.model_dump(), seed=config.seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = [tokenizer.eos_token_id] if ended else []
+    docs = [
+        (
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+            ),
+            [*tokenizer.encode(text, add_special_tokens=False), *end],
+        )
+        for question, text in pairs
+    ]
+    run_sft(
+        folder,
+        folder,
+        docs,
+        lr=sft.lr,
+        max_steps=sft.documents // sft.documents_per_step,
+        docs_per_step=sft.documents_per_step,
+        tokens_per_microbatch=sft.tokens_per_microbatch,
+        threads=sft.threads,
+        seed=config.seed,
+    )
     return folder

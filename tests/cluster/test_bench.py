@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import replay, rollout, train
+from benchmarks import replay, rollout, train, trl
 from cluster import bench, store_rivals
 from cluster.config import Config, ConfigError, load
+from cluster.servers import RunFailed
 from replay.store import Store
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny.yaml"
@@ -58,6 +59,12 @@ def test_the_seconds_of_a_step_are_medians_over_the_run(monkeypatch: pytest.Monk
     monkeypatch.setattr(train.RunFolder, "steps", lambda folder: rows)
     results = train.run(load(TINY, list(train.OVERRIDES)))
     assert results == dict.fromkeys(train.SECONDS, 2.0) | {f"idle_{stage}": share for stage, share in idle.items()}
+
+
+def test_without_trl_its_benchmark_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunFailed, match=r"trl and datasets cannot be imported: `pip install .*dev\.txt`"):
+        bench.run("trl", TINY, [])
 
 
 @pytest.fixture

@@ -69,3 +69,15 @@ def test_both_runs_of_the_overlap_benchmark_do_the_same_work() -> None:
     assert results["async_vs_sync"] > 0
     assert results["sync_staleness"] == results["sync_written_again"] == 0
     assert 0.5 < results["sync_calls"] <= 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_this_project_and_trl_train_the_same_small_policy() -> None:
+    ray.shutdown()
+    small = ["policy.tiny={vocab_size: 1024, hidden_size: 64, layers: 1, heads: 1}", "sft.documents=160"]
+    small += ["rollout.max_tokens=16", "learner.prompts_per_step=2", "learner.samples_per_prompt=4"]
+    small += ["learner.steps=3", "learner.checkpoint_every=2"]
+    results = bench.run("trl", Path("examples/tiny.yaml"), small)["results"]
+    assert results["samples_vs_trl"] > 0
+    assert all(0.4 <= results[f"reward_{who}"] <= 1.0 for who in ("before", "trl", "ours"))
