@@ -42,7 +42,7 @@ def test_a_run_outlives_its_store_and_an_engine_and_is_taken_up_after_its_own_de
 
 
 def test_ten_kills_at_any_time_of_any_process_lose_nothing(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    config = tiny("killed-often", *SHORT, "learner.steps=50")  # more than ten lives of two minutes can do
+    config = tiny("killed-often", *SHORT, "learner.steps=120")  # more than ten lives of two minutes can do
     rng, run = random.Random(0), Command(config, tmp_path)
     for _ in range(10):
         with run.started(*run.resume()) as driver:
