@@ -27,6 +27,7 @@ test: lint
 	@$(PY) -m pytest -m "not slow"
 
 test-all: lint
+	@command -v chromium >/dev/null || { $(call debian,chromium); }
 	@echo "llmi: running all tests"
 	@$(PY) -m pytest
 

@@ -1,129 +1,56 @@
-"""The deployed agent: a Serve deployment with an HTTP ingress, which answers a prompt with a document and its pictures.
+"""The deployed agent: an engine that writes documents with the tools of a pool, and the gateway before it.
 
-It writes with the engine, and calls the tool servers, that training uses. A tool that is down costs the document a
-picture, never its text.
+The agents use the tool servers that training uses. A call starts as soon as its tag closes, while the text is still
+being written. A tool that is down costs the document a picture, never its text.
 """
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import io
-import json
-import textwrap
+import logging
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 from ray import serve
 
 from actors.engine import Engine
-from actors.serving import Outage, ToolClient
-from agent.document import render_html, render_page
-from agent.render import Made, Run, render
+from actors.serving import Outage, ToolClient, last_line
+from agent.answer import Usage, write
+from agent.render import Event, Made
+from agent.service.api import Options, Service, audit, build
+from agent.service.files import Files
+from agent.service.jobs import AgentLost, Question, Refused
+from agent.service.keys import Keys, Limits
 from agent.spec import ToolSpec
 from replay.record import Blob
+from replay.storage import in_bucket
+from tools.base import CallFailed
+from tools.download import Downloader
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # of the user's pictures
-MAX_IMAGES = 16
-MAX_TITLE = 120  # characters of the question that head the page
-
-api = FastAPI(title="llmi", docs_url=None, redoc_url=None)  # FastAPI's pages would fetch scripts from elsewhere
-
-
-def _words(text: str) -> str:
-    text.encode()  # JSON can hold halves of characters; they end in a ValueError here
-    if not text.strip():
-        raise ValueError("there is nothing to answer: it is blank")
-    return text
-
-
-def _picture(value: object) -> Blob:
-    if not isinstance(value, str):
-        raise ValueError("a picture is a data URL, or the file in Base64")
-    try:
-        data = base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.load()
-            return Blob(data, Image.MIME[str(image.format)])
-    except Exception as error:  # Pillow's decoders raise many kinds for damaged data; each means the same here
-        raise ValueError(f"this is no {', '.join(FORMATS)} picture in Base64 that can be read") from error
-
-
-class Ask(BaseModel):
-    """Body of a request: what is asked, the user's own pictures (for the edit tool), and the seed of the sampling."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: Annotated[str, AfterValidator(_words)]
-    images: list[Annotated[Blob, PlainValidator(_picture, json_schema_input_type=str)]] = Field(
-        [], max_length=MAX_IMAGES
-    )
-    seed: int | None = Field(None, ge=0, lt=2**63)
-
-
-class AnsweredCall(BaseModel):
-    """One tag of the text: `status` is ok, failed or invalid, `images` are SHA-256 of the pictures that it made."""
-
-    source: str
-    description: str
-    params: dict[str, Any]
-    status: str
-    reason: str
-    images: list[str]
-    provenance: dict[str, Any]
-
-
-class Document(BaseModel):
-    """The answer: its text with tags, what became of each, a page of it all, and every picture made as a data URL."""
-
-    text: str
-    calls: list[AnsweredCall]
-    html: str
-    images: dict[str, str]
-
-
-@api.exception_handler(RequestValidationError)
-async def invalid(_: Request, error: RequestValidationError) -> Response:
-    """422 with one clear line, and without the body that FastAPI would send back."""
-    problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors()]
-    return Response(json.dumps({"detail": "; ".join(problems)}), 422, media_type="application/json")
-
-
-async def illustrate(
-    question: str, text: str, given: Sequence[Blob], run: Run, specs: Mapping[str, ToolSpec]
-) -> Document:
-    """Run the calls of an answer. An outage is a failed call here: nobody comes back to try it again."""
-
-    async def attempt(tool: str, params: Mapping[str, Any], images: Sequence[Blob]) -> Made:
-        try:
-            return await run(tool, params, images)
-        except Outage as outage:
-            return Made(failure=str(outage))
-
-    calls, made = await render(text, given, attempt, specs)
-    blobs = {blob.sha256: blob for blob in made}
-    section = render_html(text, calls, blobs, given)
-    return Document(
-        text=text,
-        calls=[AnsweredCall(**{name: getattr(c, name) for name in AnsweredCall.model_fields}) for c in calls],
-        html=render_page([section], textwrap.shorten(question, MAX_TITLE, placeholder=" ...")),
-        images={sha: f"data:{b.mime};base64,{base64.b64encode(b.data).decode()}" for sha, b in blobs.items()},
-    )
+MAX_PIXELS = 50_000_000  # of one
+JOIN_S = 0.05  # what happens within it travels together: a message costs more than a token
+READY_S = 5.0
+SWEEP_S = 3600.0
+AUDIT_BYTES, AUDIT_FILES = 64 << 20, 8
 
 
 @serve.deployment
-@serve.ingress(api)
 class Agent:
-    """One engine that answers prompts over HTTP.
+    """One engine that writes documents.
 
     Args:
         model: folder of the policy: a path or `s3://...`.
         pool: name prefix of the tool servers.
         tools: tool name -> seconds a call may take.
+        document_s: seconds that the calls of a document may take after its text is written.
         specs: the protocol's tools.
         system: system prompt, or "" for none.
         sampling: vLLM's SamplingParams.
@@ -136,33 +63,207 @@ class Agent:
         model: str,
         pool: str,
         tools: Mapping[str, float],
+        document_s: float,
         specs: Mapping[str, ToolSpec],
         system: str,
         sampling: Mapping[str, Any],
         engine: Mapping[str, Any],
     ) -> None:
-        self._model, self._specs, self._system, self._sampling = model, specs, system, dict(sampling)
+        self._specs, self._system, self._sampling = specs, system, dict(sampling)
+        self._document_s = document_s
         self._tools = {name: ToolClient(pool, name, timeout_s) for name, timeout_s in tools.items()}
         self._engine = Engine(model, 0, engine)
         await self._engine.start()
 
-    @api.get("/healthz")
-    async def health(self) -> dict[str, Any]:
-        return {"status": "ok", "model": self._model, "tools": sorted(self._tools)}
+    async def check_health(self) -> None:
+        """Serve replaces this replica when its engine has died."""
+        self._engine.check()
 
-    @api.post("/v1/documents", response_model=Document)
-    async def documents(self, ask: Ask) -> Response:
-        """Answer a prompt with a document."""
+    async def ready(self) -> bool:
+        """Answers once the engine is up."""
+        return True
+
+    async def write(self, question: Question) -> AsyncGenerator[list[Event | Usage] | str, None]:
+        """The events of an answer, those of JOIN_S together; a string says why there can be none."""
         from vllm.exceptions import VLLMClientError  # not above: the driver has no need of vLLM
 
-        ids = self._engine.prompt_ids(ask.prompt, self._system)
-        seed = {} if ask.seed is None else {"seed": ask.seed}
+        told: list[Event | Usage] = []
+        news = asyncio.Event()
+
+        def tell(event: Event | Usage) -> None:
+            told.append(event)
+            news.set()
+
+        task = asyncio.create_task(self._write(question, tell))
+        task.add_done_callback(lambda _: news.set())
         try:
-            out = await self._engine.complete(uuid.uuid4().hex, ids, self._sampling | seed)
+            while not task.done() or told:
+                await news.wait()
+                news.clear()
+                if told:
+                    batch = told[:]
+                    told.clear()
+                    yield batch
+                    await asyncio.wait({task}, timeout=JOIN_S)
+            task.result()
         except VLLMClientError as error:  # too long for the model
-            raise HTTPException(422, f"prompt: {error}") from error
-        document = await illustrate(ask.prompt, out.text, ask.images, self._run, self._specs)
-        return Response(document.model_dump_json(fallback=str), media_type="application/json")
+            yield f"prompt: {error}"
+        finally:
+            task.cancel()
+            with suppress(BaseException):
+                await task
+
+    async def _write(self, question: Question, tell: Any) -> None:
+        ids = self._engine.chat_ids(self._framed(question.messages))
+        before = self._engine.tokenizer.encode(question.written, add_special_tokens=False)
+        tokens, finish = len(before), "stop"
+
+        async def pieces() -> AsyncIterator[str]:
+            nonlocal tokens, finish
+            yield question.written
+            sampling = self._sampling | dict(question.sampling)
+            sampling["max_tokens"] = min(sampling["max_tokens"], self._sampling["max_tokens"]) - len(before)
+            if sampling["max_tokens"] <= 0:
+                return
+            async with aclosing(self._engine.stream(uuid.uuid4().hex, [*ids, *before], sampling)) as stream:
+                async for piece in stream:
+                    tokens, finish = tokens + piece.tokens, piece.finish or finish
+                    yield piece.text
+
+        await write(question.text, pieces(), question.given, self._run, self._specs, self._document_s, tell)
+        tell(Usage(len(ids), tokens, finish))
+
+    def _framed(self, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+        """The conversation under the agent's own system prompt, and the user's after it."""
+        theirs = [m["content"] for m in messages if m["role"] == "system"]
+        system = "\n\n".join(filter(None, [self._system, *theirs]))
+        rest = [m for m in messages if m["role"] != "system"]
+        return [{"role": "system", "content": system}, *rest] if system else rest
 
     async def _run(self, tool: str, params: Mapping[str, Any], images: Sequence[Blob]) -> Made:
-        return await self._tools[tool].run(params, images)
+        try:
+            return await self._tools[tool].run(params, images)
+        except Outage as outage:  # nobody tries it again later
+            return Made(failure=str(outage))
+
+
+class _Agents:
+    """The agents behind a gateway (`agent.service.jobs.Agents`)."""
+
+    def __init__(self, handles: Mapping[str, Any]) -> None:
+        self._handles = dict(handles)
+        self.shares: dict[str, float] = {}
+
+    def weights(self) -> Mapping[str, float]:
+        return self.shares
+
+    async def ready(self) -> bool:
+        """Whether one of them answers."""
+        asked = [asyncio.ensure_future(_answers(self._handles[name])) for name in self.shares]
+        return any(await asyncio.gather(*asked))
+
+    async def write(self, policy: str, question: Question) -> AsyncGenerator[Sequence[Event | Usage], None]:
+        response = self._handles[policy].options(stream=True).write.remote(question)
+        try:
+            async for batch in response:
+                if isinstance(batch, str):
+                    raise Refused(batch)
+                yield batch
+        except (Refused, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:  # of Ray, of Serve, or of the agent: all the same from here
+            raise AgentLost(last_line(error)) from error
+        finally:
+            response.cancel()
+
+
+async def _answers(handle: Any) -> bool:
+    try:
+        return bool(await asyncio.wait_for(handle.ready.remote(), READY_S))
+    except Exception:
+        return False
+
+
+@serve.deployment
+@serve.ingress()
+class Gateway:
+    """The HTTP API.
+
+    Args:
+        agents: policy -> handle of its deployment; `reconfigure` gives their shares.
+        keys: SHA-256 of each API key -> its name.
+        limits: of a key.
+        folder: where documents, pictures and the audit log are kept.
+        keep_s: seconds for which.
+        deadline_s: seconds that a document may take.
+        body_bytes: most of a request.
+    """
+
+    def __init__(
+        self,
+        agents: Mapping[str, Any],
+        keys: Mapping[str, str],
+        limits: Limits,
+        folder: str,
+        keep_s: float,
+        deadline_s: float,
+        body_bytes: int,
+    ) -> None:
+        self._agents = _Agents(agents)
+        self._files = Files(folder, keep_s)
+        options = Options(deadline_s, body_bytes, read_picture, _fetcher())
+        self._service = Service(self._agents, Keys(keys, limits), self._files, options)
+        self._sweeping: asyncio.Task[None] | None = None
+        if not in_bucket(folder):
+            _log_to(Path(folder) / "audit.jsonl")
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build(self._service)
+
+    async def reconfigure(self, shares: Mapping[str, float]) -> None:
+        """Take the policies' shares; documents under way stay where they are."""
+        self._agents.shares = dict(shares)
+        if self._sweeping is None:
+            self._sweeping = asyncio.create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.to_thread(self._files.sweep)
+            await asyncio.sleep(SWEEP_S)
+
+
+def read_picture(data: bytes) -> Blob:
+    """A user's picture. Raises ValueError if it is none that can be read."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are taken")
+            image.load()
+            return Blob(data, Image.MIME[str(image.format)])
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged data; each means the same here
+        raise ValueError(f"this is no {', '.join(FORMATS)} picture that can be read") from error
+
+
+def _fetcher() -> Any:
+    downloader = Downloader()
+
+    def fetch(url: str) -> Blob:
+        try:
+            return downloader.picture(url)
+        except CallFailed as error:
+            raise ValueError(str(error)) from error
+        except Exception as error:
+            raise ValueError(f"the picture could not be fetched: {error}") from error
+
+    return fetch
+
+
+def _log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = RotatingFileHandler(path, maxBytes=AUDIT_BYTES, backupCount=AUDIT_FILES, delay=True)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    audit.addHandler(handler)
+    audit.setLevel(logging.INFO)
+    audit.propagate = False

@@ -13,6 +13,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -24,6 +25,7 @@ from torch import Tensor
 BUCKET_BYTES = 256 << 20  # of a bucket at most; a larger tensor has a bucket of its own
 _NAME = "llmi-weights"
 _ALIGNED = 64  # bytes that the place of a tensor is a multiple of
+_THREADS = 2  # that check what was read: as many as the smallest machine has cores
 _HOT = 1 << 20  # bytes that are copied before their checksum is taken: they are in the cache then
 
 
@@ -241,9 +243,11 @@ def locked(buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
 def held(reader: Reader, buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
     """`locked`, for buckets that hold what they were said to hold. Raises BucketGone if one does not."""
     with locked(buckets) as own:
-        for bucket, content in zip(own, reader.map(b.path for b in own), strict=True):
-            if crc32(content[: bucket.nbytes].numpy()) != bucket.checksum:
-                raise BucketGone(f"{bucket.path} was written over")
+        contents = [whole[: b.nbytes].numpy() for b, whole in zip(own, reader.map(b.path for b in own), strict=True)]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for bucket, checksum in zip(own, threads.map(crc32, contents), strict=True):
+                if checksum != bucket.checksum:
+                    raise BucketGone(f"{bucket.path} was written over")
         yield own
 
 

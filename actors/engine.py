@@ -8,10 +8,11 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from actors.buckets import Bucket, Reader, tensors
 from replay.folders import fetched
@@ -55,6 +56,14 @@ class Completion:
     logprobs: list[float]
     versions: list[int]
     text: str
+    finish: str
+
+
+class Piece(NamedTuple):
+    """More of an answer: its text and number of tokens, and why it ended if this is its last."""
+
+    text: str
+    tokens: int
     finish: str
 
 
@@ -112,7 +121,10 @@ class Engine:
     def prompt_ids(self, question: str, system: str = "") -> list[int]:
         """Tokens of a prompt up to where the answer begins: the question, after the system prompt if there is one."""
         messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": question})
+        return self.chat_ids([*messages, {"role": "user", "content": question}])
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a conversation, `role` and `content` each, up to where the next answer begins."""
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     async def complete(self, request: str, prompt_ids: list[int], sampling: Mapping[str, Any]) -> Completion:
@@ -132,6 +144,19 @@ class Engine:
         ids = list(out.token_ids)
         versions = [adapter.version] * len(ids) if adapter else self._versions(out)
         return Completion(ids, list(out.logprobs.logprobs)[: len(ids)], versions, out.text, out.finish_reason)
+
+    async def stream(
+        self, request: str, prompt_ids: list[int], sampling: Mapping[str, Any]
+    ) -> AsyncGenerator[Piece, None]:
+        """One answer piece by piece as it is sampled. Arguments are those of `complete`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA, **sampling)
+        async with aclosing(self._outputs(request, prompt_ids, params, self._adapter)) as outputs:
+            async for output in outputs:
+                piece = output.outputs[0]
+                yield Piece(piece.text, len(piece.token_ids), piece.finish_reason or "")
 
     async def score(self, request: str, token_ids: list[int]) -> list[float]:
         """Log-probs of all tokens but the first under the engine's weights, at temperature 1, without sampling.
@@ -219,6 +244,11 @@ class Engine:
         else:
             raise ValueError(f"no step {step!r} of a weight transfer with version {version}")
 
+    def check(self) -> None:
+        """Raises EngineDied where nothing would be answered any more."""
+        if self._llm.errored:
+            raise EngineDied("the engine's process died")
+
     async def abort(self, request: str) -> None:
         await self._llm.abort(request)
 
@@ -226,15 +256,21 @@ class Engine:
         self._llm.shutdown()
 
     async def _generate(self, request: str, prompt_ids: list[int], params: Any, adapter: _Adapter | None) -> Any:
+        async for output in self._outputs(request, prompt_ids, params, adapter):
+            final = output
+        return final
+
+    async def _outputs(
+        self, request: str, prompt_ids: list[int], params: Any, adapter: _Adapter | None
+    ) -> AsyncGenerator[Any, None]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         prompt, lora = {"prompt_token_ids": prompt_ids}, adapter.request if adapter else None
         try:
             async for output in self._llm.generate(prompt, params, request, lora_request=lora):
-                final = output
+                yield output
         except EngineDeadError as error:
             raise EngineDied("the engine's process died") from error
-        return final
 
     async def _answer(self, call: Awaitable[T]) -> T:
         """vLLM lets callers of a dead engine wait for ever: look every second whether it lives."""

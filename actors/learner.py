@@ -13,7 +13,8 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import ray
 from actors import metrics
 from actors.weights import Publisher, Sender
 from learners.advantages import overlong, without_spread
+from learners.credit import Credit, by_token, of_group
 from learners.groups import Answer, answer, chosen
 from learners.packing import Sample
 from learners.step import Recipe, StepPlan, take_step
@@ -31,8 +33,10 @@ from replay.checkpoints import Checkpoints
 from replay.folders import copy, fetched
 from replay.record import staleness, version
 from replay.store import Claim
+from rewards.process import CALL
 
 CHOICE_COLUMNS = ["reward", "finish", "logprobs", "mask"]
+CREDIT_COLUMNS = ["calls"]  # where calls are credited
 TOKEN_COLUMNS = ["prompt_ids", "token_ids", "logprobs", "mask"]
 #: What rank 0 tells the others of a step: its plan, the claims that it holds, and its statistics.
 Agreed = tuple[StepPlan, list[int], dict[str, float]]
@@ -86,6 +90,7 @@ class LearnerRank:
             kl_estimator=recipe["kl"]["estimator"],
             kl_in_reward=recipe["kl"]["into"] == "reward",
         )
+        self._decode: Callable[[Sequence[int]], str] | None = None  # where calls are credited
         self._dropped = Counter[str]()
         self._totals = {"busy_s": 0.0, "rows_in": 0, "tokens": 0}
         self._since = time.monotonic()
@@ -110,6 +115,15 @@ class LearnerRank:
             master_port=address[1],
             **self._options,
         )
+        if self._recipe["credit_calls"] > 0:
+            from transformers import AutoTokenizer
+
+            # As vLLM does, whose text the calls' places are of.
+            self._decode = partial(
+                AutoTokenizer.from_pretrained(model).decode,
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
         adapter = self._recipe["adapter"]
         self._weights = self._learner.adapter if adapter else self._learner.weights
         self._sender: Sender = Publisher(self._hub, self._rank, self._learner.adapter_config if adapter else "")
@@ -158,7 +172,8 @@ class LearnerRank:
         started = time.monotonic()
         plan, tokens, stats = self._agreed()
         waited = time.monotonic() - started
-        learnt, advantages = take_step(self._learner, plan, self._read(plan), self._before)
+        mine = self._read(plan)
+        learnt, advantages = take_step(self._learner, plan, mine, self._before, self._credit(plan, mine))
         self._step += 1
         published = time.monotonic()
         self._publish()
@@ -186,7 +201,7 @@ class LearnerRank:
                     by_group=True,
                     purpose="train",
                     lease_s=LEASE_S,
-                    columns=[*CHOICE_COLUMNS, "versions", "components"],
+                    columns=[*CHOICE_COLUMNS, "versions", "components", *(CREDIT_COLUMNS if self._decode else [])],
                     version=now,
                     max_staleness=self._recipe["max_staleness"],
                     wait_s=5.0,
@@ -236,6 +251,7 @@ class LearnerRank:
             [[(r["trajectory"], r["reward"] + r["fine"], r["answer"].charged) for r in of] for of in groups.values()],
             [part for _ in range(recipe["passes"]) for part in self._minibatches(dealt, rng)],
             {r["trajectory"] for r in rows if long["masked"] and r["answer"].cut_off},
+            self._credits(groups.values()),
         )
         stats = _stats(rows, now) | {f"{what}_dropped": self._dropped[what] for what in ("groups", "samples")}
         stats["equal_rewards"] = statistics.fmean(without_spread([r["reward"] for r in of]) for of in groups.values())
@@ -252,6 +268,25 @@ class LearnerRank:
         mine = plan.share(*self._learner.shard)
         rows = self._store.now(self._store.get(mine, TOKEN_COLUMNS)).to_pylist() if mine else []
         return {r["trajectory"]: Sample(**{c: r[c] for c in TOKEN_COLUMNS}) for r in rows}
+
+    def _credits(self, groups: Iterable[list[dict[str, Any]]]) -> dict[str, list[Credit]]:
+        """What the calls of the step's samples are credited with."""
+        if self._decode is None:
+            return {}
+        coef = self._recipe["credit_calls"]
+        of = [of_group({r["trajectory"]: _scored_calls(r) for r in rows}, coef) for rows in groups]
+        return {name: credits for group in of for name, credits in group.items()}
+
+    def _credit(self, plan: StepPlan, mine: Mapping[str, Sample]) -> dict[str, np.ndarray]:
+        """What the calls of this rank's samples add to their tokens."""
+        credited = [name for name in mine if name in plan.credits]
+        if not credited or self._decode is None:
+            return {}
+        texts = self._store.now(self._store.get(credited, ["text"]))["text"].to_pylist()
+        return {
+            name: by_token(plan.credits[name], text, mine[name].token_ids.tolist(), self._decode)
+            for name, text in zip(credited, texts, strict=True)
+        }
 
     def _publish(self) -> None:
         self._sender.publish(self._version(), self._weights)
@@ -348,11 +383,17 @@ def _answers(rows: pa.Table) -> dict[str, Answer]:
     }
 
 
+def _scored_calls(row: Mapping[str, Any]) -> list[tuple[int, int, float]]:
+    """Where the tags of a document are in its text, and what their calls are worth, if that is known."""
+    scores = dict(row["components"])
+    return [(c["start"], c["end"], scores[f"{CALL}{i}"]) for i, c in enumerate(row["calls"]) if f"{CALL}{i}" in scores]
+
+
 def _stats(rows: list[dict[str, Any]], now: int) -> dict[str, float]:
     """Means over the samples of a step."""
     ages = [staleness(now, min(r["versions"], default=now)) for r in rows]
     components = [dict(r["components"]) for r in rows]
-    names = sorted({name for c in components for name in c})
+    names = sorted({name for c in components for name in c if not name.startswith(CALL)})
     return {
         "reward": statistics.fmean(r["reward"] for r in rows),
         "staleness": statistics.fmean(ages),
@@ -360,5 +401,6 @@ def _stats(rows: list[dict[str, Any]], now: int) -> dict[str, float]:
         "response_tokens": statistics.fmean(r["answer"].tokens for r in rows),
         "cut_off": statistics.fmean(r["answer"].cut_off for r in rows),
         "overlong": statistics.fmean(r["fine"] for r in rows),
-        **{f"reward/{k}": statistics.fmean(c.get(k, 0.0) for c in components) for k in names},
+        # Over the samples that have it: a document without a picture has no mark for pictures.
+        **{f"reward/{k}": statistics.fmean(c[k] for c in components if k in c) for k in names},
     }

@@ -30,15 +30,22 @@ class Renderer(StageWorker):
         pool: name prefix of the Serve applications.
         tools: tool name -> seconds a call may take.
         specs: the protocol's tools.
+        document_s: seconds that all calls of a document may take.
     """
 
     stage = "render"
 
     def __init__(
-        self, store: Any, pool: str, tools: Mapping[str, float], specs: Mapping[str, ToolSpec], concurrency: int = 16
+        self,
+        store: Any,
+        pool: str,
+        tools: Mapping[str, float],
+        specs: Mapping[str, ToolSpec],
+        document_s: float,
+        concurrency: int = 16,
     ) -> None:
         super().__init__(store)
-        self._specs = specs
+        self._specs, self._document_s = specs, document_s
         self._tools = {name: ToolClient(pool, name, timeout_s) for name, timeout_s in tools.items()}
         self._slots = asyncio.Semaphore(concurrency)
         self._batch = concurrency
@@ -62,9 +69,12 @@ class Renderer(StageWorker):
         started, name = time.monotonic(), row["trajectory"]
         try:
             given = await self._store.blobs(row["given"]) if row["given"] else {}
-            calls, made = await render(row["text"], [given[s] for s in row["given"]], self._run, self._specs)
+            async with asyncio.timeout(self._document_s):
+                calls, made = await render(row["text"], [given[s] for s in row["given"]], self._run, self._specs)
         except Outage as outage:
             await self._outage(token, name, str(outage))
+        except TimeoutError:  # what its calls made by then waits in the servers' caches
+            await self._outage(token, name, f"the calls of the document did not end in {self._document_s:g} s")
         except Exception as error:  # a fault of ours; it must not take the other documents with it
             await self._outage(token, name, f"rendering broke: {type(error).__name__}: {error}")
         else:

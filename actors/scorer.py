@@ -14,6 +14,7 @@ from actors.worker import StageWorker
 from agent.render import CallOutcome
 from replay.record import SCHEMAS
 from rewards.base import JudgeFailed, Rendered, Verdict
+from rewards.components import Terms
 from rewards.hybrid import score
 
 COLUMNS = ["question", "text", "calls", "image_num", "tools", "given", "finish"]
@@ -30,15 +31,27 @@ class Scorer(StageWorker):
         timeout_s: of a judge's answer to one batch.
         kind: reward that trains the policy: `default` or `published`.
         multimodal: the policy sees images (the published weights of the text judge differ).
+        terms: of the reward, instead of those of its kind.
+        process: score each call too.
         batch: most documents a request.
     """
 
     stage = "score"
 
     def __init__(
-        self, store: Any, pool: str, *, timeout_s: float, kind: str, multimodal: bool, batch: int = 16
+        self,
+        store: Any,
+        pool: str,
+        *,
+        timeout_s: float,
+        kind: str,
+        multimodal: bool,
+        terms: Terms | None = None,
+        process: bool = False,
+        batch: int = 16,
     ) -> None:
         super().__init__(store)
+        self._terms, self._process = terms, process
         self._kind, self._multimodal, self._batch = kind, multimodal, batch
         self._text = JudgeClient(pool, "text", timeout_s)
         self._image = JudgeClient(pool, "image", timeout_s)
@@ -65,7 +78,7 @@ class Scorer(StageWorker):
                 aside[row["trajectory"]] = ("set_aside_judge", str(i if isinstance(t, Verdict) else t))
                 continue
             try:
-                result = score(doc, t, i, self._kind, self._multimodal)
+                result = score(doc, t, i, self._kind, self._multimodal, terms=self._terms, process=self._process)
             except JudgeFailed as failed:  # a verdict of the right type with scores that are none
                 aside[row["trajectory"]] = ("set_aside_judge", str(failed))
                 continue
@@ -73,7 +86,7 @@ class Scorer(StageWorker):
             scored.append(
                 key
                 | {"reward": result.reward, "reward_strict": result.reward_strict, "accurate": result.accurate}
-                | {"components": list(result.components.items())}
+                | {"components": [*result.components.items(), *_disagreement(t, i)]}
             )
         if scored:
             await self._store.put("scored", pa.Table.from_pylist(scored, SCHEMAS["scored"]))
@@ -120,3 +133,10 @@ class Scorer(StageWorker):
             for i, answer in zip(open_, answers, strict=True):
                 found[i] = answer
         return found
+
+
+def _disagreement(*verdicts: Verdict | None) -> list[tuple[str, float]]:
+    """How far the answers or judges behind each score differ, as components beside it."""
+    return [
+        (f"disagreement/{name}", value) for v in verdicts if v is not None for name, value in v.disagreement.items()
+    ]

@@ -9,6 +9,7 @@ calls in flight are made again, which is safe, because of two equal puts or acks
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
@@ -28,6 +29,8 @@ from replay.view import shard_of
 T = TypeVar("T")
 #: How long a client of several shards waits at one of them before it asks the others again, in seconds.
 _TURN_S = 0.25
+#: How long the event loop may keep the interpreter from the threads that write, which leave it at each megabyte.
+_SWITCH_S = 0.0005
 _QUEUES = {"rollout": "pending", "render": "generated", "score": "rendered", "learn": "scored"}
 
 
@@ -61,6 +64,7 @@ class StoreActor:
     """
 
     def __init__(self, url: str) -> None:
+        sys.setswitchinterval(_SWITCH_S)
         self._store = Store(url, patient=True)  # it may follow one that died on another node
         self._changed = asyncio.Condition()
 

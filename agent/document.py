@@ -10,8 +10,9 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from html import escape, unescape
 from typing import Any, Protocol
 
 from PIL import Image
@@ -50,7 +51,12 @@ class Outcome(Protocol):
 
 
 def render_html(
-    text: str, calls: Sequence[Outcome], blobs: Mapping[str, Blob], given: Sequence[Blob] = (), title: str = ""
+    text: str,
+    calls: Sequence[Outcome],
+    blobs: Mapping[str, Blob],
+    given: Sequence[Blob] = (),
+    title: str = "",
+    link: Callable[[Blob], str] | None = None,
 ) -> str:
     """One document as a self-contained `<section>`.
 
@@ -59,6 +65,7 @@ def render_html(
         calls: every tag of `text` in order, malformed ones too.
         blobs: the pictures made, by SHA-256.
         given: the user's own pictures, shown before the text.
+        link: the address of a picture, instead of a data URL.
 
     Raises:
         ValueError: the calls do not lie in the text one after another.
@@ -68,29 +75,46 @@ def render_html(
     for i, call in enumerate(calls):
         if not done <= call.start <= call.end <= len(text):
             raise ValueError(f"call {i} spans {call.start} to {call.end}: expected a place in {done} to {len(text)}")
-        pieces += [clean(_STRAY.sub("", text[done : call.start])), slot(i)]
+        pieces += [strip_marks(text[done : call.start]), slot(i)]
         done = call.end
-    pieces.append(clean(_STRAY.sub("", text[done:])))
-    body = to_html("".join(pieces), [_outcome(c, blobs) for c in calls])
+    pieces.append(strip_marks(text[done:]))
+    body = to_html("".join(pieces), [_outcome(c, blobs, link or _data_url) for c in calls])
     heading = f"<h2>{_safe(title)}</h2>\n" if title else ""
-    return f'<section class="document" dir="auto">\n{heading}{_given(given)}{body}</section>\n'
+    return f'<section class="document" dir="auto">\n{heading}{_given(given, link or _data_url)}{body}</section>\n'
+
+
+def strip_marks(text: str) -> str:
+    """Text between tags without what is left of broken ones."""
+    return clean(_STRAY.sub("", text))
+
+
+def provenance_text(call: Outcome) -> str:
+    """Where a call's pictures come from, in one line without markup."""
+    return unescape(re.sub("<[^>]*>", "", _provenance(call).replace("</small><small>", "; ")))
+
+
+def shown(blob: Blob) -> bool:
+    """Whether the picture can be shown by a browser."""
+    return _seen(blob.data) is not None
 
 
 def _safe(text: object) -> str:
     return escape(clean(str(text)))
 
 
-def _given(given: Sequence[Blob]) -> str:
-    shown = [_img(b, f"Picture {i} given with the question") for i, b in enumerate(given, 1)]
+def _given(given: Sequence[Blob], link: Callable[[Blob], str]) -> str:
+    shown = [_img(b, link, f"Picture {i} given with the question") for i, b in enumerate(given, 1)]
     lost = _lost(shown)
     return f'<div class="given">{"".join(shown)}</div>\n{_note(lost) if lost else ""}' if given else ""
 
 
-def _outcome(call: Outcome, blobs: Mapping[str, Blob]) -> str:
+def _outcome(call: Outcome, blobs: Mapping[str, Blob], link: Callable[[Blob], str]) -> str:
     what = f": {call.description}" if call.description else ""
+    if call.status == "running":
+        return f'<div class="pending" dir="auto">{_safe(call.source)}{_safe(what)} ...</div>\n'
     if call.status != "ok":
         return _note(f"No picture{what}", " - ".join(filter(None, [call.source, call.reason])))
-    shown = [_img(blobs[sha], call.description) if sha in blobs else "" for sha in call.images]
+    shown = [_img(blobs[sha], link, call.description) if sha in blobs else "" for sha in call.images]
     lost = _lost(shown)
     if not any(shown):
         return _note(f"No picture{what}", f"{call.source} - {lost or 'it made none'}")
@@ -111,29 +135,61 @@ def _small(html: str) -> str:
 
 
 def _provenance(call: Outcome) -> str:
-    """The line under a caption: the tool, and title, source and licence of what it found."""
-    facts = [str(call.provenance[k]) for k in ("title", "source", "licence") if call.provenance.get(k)]
-    return _small(" · ".join([_safe(call.source), *map(_fact, facts)]))
+    """The lines under a caption: where each picture comes from, and what it was made from."""
+    said = call.provenance
+    shown = [_facts(fact, call.source) for fact in (said, *_mappings(said.get("others")))]
+    return "".join(map(_small, shown + [f"from {_facts(origin)}" for origin in _mappings(said.get("origins"))]))
 
 
-def _fact(fact: str) -> str:
-    if not re.fullmatch(r"https?://[^\s]+", fact):
-        return _safe(fact)
-    return f'<a href="{_safe(fact)}" rel="noopener noreferrer nofollow">{_safe(fact)}</a>'
+def _mappings(value: object) -> list[Mapping[str, Any]]:
+    return [v for v in value if isinstance(v, Mapping)] if isinstance(value, list | tuple) else []
 
 
-def _img(blob: Blob, alt: str) -> str:
-    """The picture as an `<img>`; "" if it cannot be shown. Its type is read from its bytes, whatever the blob says."""
-    try:
-        with Image.open(io.BytesIO(blob.data), formats=list(_MIMES)) as image:
-            mime, (width, height) = _MIMES[str(image.format)], image.size
-            if width * height > _MAX_PIXELS:
-                return ""
-            image.load()
-    except Exception:  # Pillow's decoders raise many kinds for damaged data; each means the same here
+def _facts(said: Mapping[str, Any], tool: str = "") -> str:
+    """Who made a picture, with what, from where and under which licence; as far as that is known."""
+    if isinstance(said.get("given"), int):
+        return f"picture {said['given'] + 1} given with the question"
+    told = {key: str(said.get(key) or "") for key in ("maker", "model", "title", "author", "source", "licence")}
+    made = ": ".join(dict.fromkeys(filter(None, (tool, told["maker"], told["model"]))))
+    where = next((str(said[key]) for key in ("page", "url") if _is_web(said.get(key))), "")
+    title = told["title"] or (where and (told["source"] or where))
+    linked = _link(where, title) if where else _safe(title)
+    by = f" by {_safe(told['author'])}" if told["author"] else ""
+    source = _link(told["source"]) if _is_web(told["source"]) else _safe(told["source"] * bool(told["title"]))
+    return " · ".join(filter(None, [_safe(made), linked + by, source, _safe(told["licence"])]))
+
+
+def _is_web(address: object) -> bool:
+    return re.fullmatch(r"https?://[^\s]+", str(address)) is not None
+
+
+def _link(address: str, text: str = "") -> str:
+    return f'<a href="{_safe(address)}" rel="noopener noreferrer nofollow">{_safe(text or address)}</a>'
+
+
+def _img(blob: Blob, link: Callable[[Blob], str], alt: str) -> str:
+    """The picture as an `<img>`; "" if it cannot be shown."""
+    if (seen := _seen(blob.data)) is None:
         return ""
-    data = base64.b64encode(blob.data).decode("ascii")
-    return f'<img src="data:{mime};base64,{data}" alt="{_safe(alt)}" width="{width}" height="{height}">'
+    mime, width, height = seen
+    return f'<img src="{_safe(link(Blob(blob.data, mime)))}" alt="{_safe(alt)}" width="{width}" height="{height}">'
+
+
+@lru_cache(256)
+def _seen(data: bytes) -> tuple[str, int, int] | None:
+    """MIME type, width and height of a picture that browsers show, whatever it was said to be; None if it is none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=list(_MIMES)) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                return None
+            image.load()
+            return _MIMES[str(image.format)], image.width, image.height
+    except Exception:  # Pillow's decoders raise many kinds for damaged data; each means the same here
+        return None
+
+
+def _data_url(blob: Blob) -> str:
+    return f"data:{blob.mime};base64,{base64.b64encode(blob.data).decode('ascii')}"
 
 
 def render_page(sections: Sequence[str], title: str) -> str:

@@ -16,7 +16,8 @@ from typing import NoReturn
 from agent.escapes import unescape
 
 Scalar = str | int | float | bool | None
-#: The keys that a dict must have; None where a scalar belongs, a shape where a dict does.
+Value = Scalar | list[int]
+#: The keys that a dict must have; None where a plain value belongs, a shape where a dict does.
 Shape = Mapping[str, "Shape | None"]
 
 
@@ -33,7 +34,7 @@ class LiteralError(Exception):
 class Field:
     """A value, and the offsets of its key and of itself."""
 
-    value: Scalar | dict[str, Field]
+    value: Value | dict[str, Field]
     key_at: int
     at: int
 
@@ -48,6 +49,7 @@ _STRING = re.compile(
     r"""|'(?P<c>[^'\\]*(?:\\.[^'\\]*)*)'|"(?P<d>[^"\\]*(?:\\.[^"\\]*)*)")""",
     re.DOTALL,
 )
+_LIST = re.compile(rf"\[{_SPACE}(?:[+-]?[0-9]{{1,18}}{_SPACE}(?:,{_SPACE}|(?=\])))*+\]")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?(?![\w.])")
 _WORD = re.compile(r"(?:[tT]rue|[fF]alse|null|None)(?!\w)")
 _WORDS: dict[str, Scalar] = {"true": True, "false": False, "null": None, "none": None}
@@ -62,7 +64,7 @@ def read_strict(text: str, start: int, end: int) -> tuple[dict[str, Field], int]
     """The dict that starts at `text[start:end]`, white space allowed before it, and the offset after it.
 
     Raises:
-        LiteralError: it is not a dict of scalars and of dicts of scalars, or a key is given twice.
+        LiteralError: it is not a dict of plain values and of dicts of those, or a key is given twice.
     """
     reader = _Strict(text, start, end)
     return reader.fields(depth=0), reader.pos
@@ -105,7 +107,7 @@ class _Strict:
                 self.fail(f"a ',' or a '}}' is missing after the value of {clip(key)}")
         return out
 
-    def value(self, key: str, depth: int) -> Scalar | dict[str, Field]:
+    def value(self, key: str, depth: int) -> Value | dict[str, Field]:
         if self.text.startswith("{", self.pos, self.end) and depth == 0:
             return self.fields(depth + 1)
         if (string := self.string()) is not None:
@@ -129,12 +131,14 @@ class _Strict:
         return "".join(parts) if parts else None
 
 
-def _plain(text: str, pos: int, end: int) -> tuple[Scalar, int] | None:
-    """The number or word at `pos`, and the offset after it."""
+def _plain(text: str, pos: int, end: int) -> tuple[Value, int] | None:
+    """The number, word or list of integers at `pos`, and the offset after it."""
     if m := _NUMBER.match(text, pos, end):
         return float(m[0]) if m[1] or m[2] else int(m[0]), m.end()
     if m := _WORD.match(text, pos, end):
         return _WORDS[m[0].lower()], m.end()
+    if m := _LIST.match(text, pos, end):
+        return [int(number) for number in m[0][1:-1].split(",") if number.strip()], m.end()
     return None
 
 
@@ -158,7 +162,7 @@ def _loose(text: str, pos: int, end: int, shape: Shape, after: str) -> tuple[dic
         name = key[2]
         inner = left.pop(name)
         follows = rf"{_SPACE},{_SPACE}{_key(left)}" if left else _CLOSE + after
-        value: Scalar | dict[str, Field]
+        value: Value | dict[str, Field]
         if inner is None:
             value, pos = _loose_scalar(text, key.end(), end, follows, name)
         else:
@@ -171,7 +175,7 @@ def _key(names: Iterable[str]) -> str:
     return rf"['\"]({'|'.join(map(re.escape, names))})['\"]{_SPACE}:"
 
 
-def _loose_scalar(text: str, at: int, end: int, follows: str, name: str) -> tuple[Scalar, int]:
+def _loose_scalar(text: str, at: int, end: int, follows: str, name: str) -> tuple[Value, int]:
     if mark := _MARK.match(text, at, end):
         close = re.compile(rf"{mark[0]}(?={follows})").search(text, mark.end(), end)
         if close is None:

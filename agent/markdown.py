@@ -16,11 +16,16 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+
+from agent.formulas import to_mathml
 
 # Two noncharacters of Unicode, which `clean` takes out of everything else; and what a link's address makes of them.
 _SLOT = re.compile("\ufdd0([0-9]+)\ufdd1")
 _SLOT_IN_URL = re.compile("%EF%B7%90([0-9]+)%EF%B7%91")
 _UNCLEAN = re.compile("[\ufdd0\ufdd1\ud800-\udfff]")
+#: Inline tokens whose content is text.
+_TEXTS = ("text", "code_inline", "math_inline", "math_inline_double")
 
 
 def clean(text: str) -> str:
@@ -54,9 +59,16 @@ def _link(self: Any, tokens: Sequence[Token], i: int, options: Any, env: Any) ->
     return f'<a href="{escape(str(tokens[i].attrs["href"]))}" rel="noopener noreferrer nofollow">'
 
 
+def _formula(self: Any, tokens: Sequence[Token], i: int, options: Any, env: Any) -> str:
+    return to_mathml(tokens[i].content.strip(), block=tokens[i].type != "math_inline")
+
+
 def _markdown() -> MarkdownIt:
     md = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+    md.use(dollarmath_plugin, allow_space=False, allow_digits=False, double_inline=True)
     md.add_render_rule("link_open", _link)
+    for kind in ("math_inline", "math_inline_double", "math_block"):
+        md.add_render_rule(kind, _formula)
     return md
 
 
@@ -72,7 +84,7 @@ def _place(tokens: list[Token]) -> list[Token]:
             out += _text_block(*tokens[i : i + 3])
             i += 3
             continue
-        out += _code_block(tokens[i]) if tokens[i].type in ("fence", "code_block") else [tokens[i]]
+        out += _code_block(tokens[i]) if tokens[i].type in ("fence", "code_block", "math_block") else [tokens[i]]
         i += 1
     return out
 
@@ -113,7 +125,7 @@ def _runs(children: list[Token]) -> tuple[list[list[Token] | str], list[str]]:
             child = Token("text", "", 0, content=child.content + inside, level=child.level)
         elif child.type == "link_open":
             late += _SLOT_IN_URL.findall(str(child.attrs["href"]))
-        text, *rest = _SLOT.split(child.content) if child.type in ("text", "code_inline") else [""]
+        text, *rest = _SLOT.split(child.content) if child.type in _TEXTS else [""]
         run.append(replace(child, content=text) if rest else child)
         for index, text in zip(rest[::2], rest[1::2], strict=True):
             if child.level:
@@ -126,6 +138,6 @@ def _runs(children: list[Token]) -> tuple[list[list[Token] | str], list[str]]:
 
 
 def _shows(token: Token) -> bool:
-    if token.type in ("text", "code_inline"):
+    if token.type in _TEXTS:
         return bool(token.content.strip())
     return token.type not in ("softbreak", "hardbreak")

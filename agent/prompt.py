@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from agent.protocol import format_call
 from agent.spec import PUBLISHED, ToolSpec
@@ -34,6 +35,7 @@ _REFERENCES = """\
 - {params}: pictures are counted from 0, the user's pictures first, in the order given, then those of your own tags in \
 order. It may only point at a picture before its own tag.
 """
+_EXAMPLES: dict[Any, str | int | list[int]] = {str: "...", int: 0, list[int]: [0, 1]}
 
 
 def system_prompt(specs: Mapping[str, ToolSpec] = PUBLISHED) -> str:
@@ -52,4 +54,4 @@ def system_prompt(specs: Mapping[str, ToolSpec] = PUBLISHED) -> str:
 
 
 def _example(spec: ToolSpec) -> str:
-    return format_call(spec.name, "...", {name: 0 if kind is int else "..." for name, kind in spec.params.items()})
+    return format_call(spec.name, "...", {name: _EXAMPLES[kind] for name, kind in spec.params.items()})

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from agent.escapes import Style, quote
-from agent.literal import Field, LiteralError, Scalar, clip, read_loose, read_strict
+from agent.literal import Field, LiteralError, clip, read_loose, read_strict
 from agent.spec import PUBLISHED, ToolSpec
 
 OPEN, CLOSE = "<imgen>", "</imgen>"
@@ -169,7 +169,9 @@ def _exact_keys(what: str, fields: Mapping[str, Field], keys: Sequence[str] | Ma
             raise LiteralError(f"{what} lacks {clip(key)}", at)
 
 
-def _typed(name: str, field: Field, kind: type) -> str | int:
+def _typed(name: str, field: Field, kind: type) -> str | int | list[int]:
+    if kind == list[int]:
+        return _integers(name, field)
     return _integer(name, field) if kind is int else _text(name, field)
 
 
@@ -189,6 +191,15 @@ def _integer(name: str, field: Field) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
         raise LiteralError(f"{clip(name)} must be an integer", field.at)
     return int(value)
+
+
+def _integers(name: str, field: Field) -> list[int]:
+    """One integer or a list of them, as a list that is not empty."""
+    if not isinstance(field.value, list):
+        return [_integer(name, field)]
+    if not field.value:
+        raise LiteralError(f"{clip(name)} is empty", field.at)
+    return field.value
 
 
 def check_references(
@@ -215,21 +226,27 @@ def check_references(
 
 def _bad_reference(call: Call, slots: int, spec: ToolSpec) -> str:
     for name in spec.image_params:
-        if not 0 <= (index := call.params[name]) < slots:
-            return f"{name} is {index}, but {slots} pictures stand before this tag (they are counted from 0)"
+        value = call.params[name]
+        indices = value if isinstance(value, list) else [value]
+        if wrong := [i for i in indices if not 0 <= i < slots]:
+            return f"{name} is {wrong[0]}, but {slots} pictures stand before this tag (they are counted from 0)"
     return ""
 
 
-def format_call(source: str, description: str, params: Mapping[str, str | int], style: Style = "python") -> str:
+def format_call(
+    source: str, description: str, params: Mapping[str, str | int | list[int]], style: Style = "python"
+) -> str:
     """A tag that `parse` reads back as exactly this, and whose literal `ast.literal_eval` or `json.loads` reads so too.
 
     Raises:
-        ValueError: a parameter is neither text nor an integer of at most 18 digits.
+        ValueError: a parameter is neither text nor an integer of at most 18 digits nor a list of such.
     """
 
-    def value(name: str, v: Scalar) -> str:
+    def value(name: str, v: str | int | list[int]) -> str:
         if isinstance(v, str):
             return quote(v, style)
+        if isinstance(v, list) and v and not any(isinstance(i, str | list) for i in v):
+            return f"[{', '.join(value(name, i) for i in v)}]"
         if isinstance(v, bool) or not isinstance(v, int) or abs(v) >= 10**18:
             raise ValueError(f"parameter {name!r} must be text or an integer of at most 18 digits")
         return str(v)

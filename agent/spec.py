@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,15 +13,20 @@ class ToolSpec:
 
     Attributes:
         name: the value of `source` in a tag.
-        params: exact parameter names and their types (`str` or `int`).
+        params: exact parameter names and their types: `str`, `int`, or `list[int]` (one index or several).
         when: one sentence for the system prompt: when to use it.
-        image_params: the names of integer parameters that point at an earlier image (only backwards).
+        image_params: the names of parameters that point at earlier pictures (only backwards), `int` or `list[int]`.
     """
 
     name: str
     params: Mapping[str, type]
     when: str
     image_params: tuple[str, ...] = ()
+
+    def pictures(self, params: Mapping[str, Any]) -> list[int]:
+        """The indices of all pictures that these parameters point at, in the order in which the tool is given them."""
+        pointed = (params[name] for name in self.image_params)
+        return [i for value in pointed for i in (value if isinstance(value, list) else [value])]
 
 
 #: The four published tools (LLM-I.md, Tools).

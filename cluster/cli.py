@@ -11,10 +11,14 @@ from typing import Annotated
 import typer
 
 from cluster.config import Config, ConfigError, load
+from cluster.judge import judge_app
 from cluster.replay import replay_app
+from cluster.reward import reward_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(replay_app, name="replay")
+app.add_typer(judge_app, name="judge")
+app.add_typer(reward_app, name="reward")
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config, such as examples/tiny.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as learner.steps=10")]
@@ -56,6 +60,26 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
 
     init_ray()
     print(f"policy in {cold_start(run, f'{run.folder}/start')}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="what the document is to be about")],
+    model: Annotated[str, typer.Option(help="policy folder, such as runs/tiny/policy; also s3://...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="file to write: .html, .md or .json")],
+    image: Annotated[list[Path] | None, typer.Option(help="a picture of yours; may be given several times")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of the sampling")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML config with the tools; by default that of the model's run, or tiny.yaml")
+    ] = None,
+) -> None:
+    """Write one document, in this process."""
+    from cluster import generate as writer
+    from cluster.serve import policy_folder
+
+    beside = Path(model).expanduser().parent / "config.yaml"
+    run = load(config or (beside if beside.is_file() else EXAMPLE), [])
+    writer.generate(run, policy_folder(run, model), prompt, image or [], seed, output)
 
 
 @app.command()

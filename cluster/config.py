@@ -15,6 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from replay.storage import in_bucket
+from rewards import components
+from rewards.components import Terms
 
 #: Of a URL: a bucket of S3 (also the ARN of an access point), or a local file.
 _PLACE = re.compile(r"s3://[\w.:-]+(/[^@?]*)?$|file:///")
@@ -93,13 +95,29 @@ class Rollout(Resources):
     engine: dict[str, Any] = {}
 
 
+class Autoscaling(_Section):
+    """How many replicas a tool has: one for every `target` calls that run or wait, within bounds."""
+
+    min: int = Field(1, gt=0)
+    max: int = Field(gt=0)
+    target: float = Field(4.0, gt=0)
+
+
 class ToolPool(Resources):
     """One tool as a Serve deployment; `options` go to the tool's constructor."""
 
-    replicas: int = Field(1, gt=0)
-    concurrency: int = Field(8, gt=0)
-    timeout_s: float = Field(30.0, gt=0)
+    use: str | None = Field(None, description="the implementation: built in, an entry point, module:class; or its name")
     options: dict[str, Any] = {}
+    replicas: int = Field(1, gt=0)
+    autoscaling: Autoscaling | None = Field(None, description="instead of `replicas`")
+    concurrency: int = Field(8, gt=0, description="calls at once in a replica")
+    queue: int = Field(256, gt=0, description="calls of one client that wait; beyond it the server refuses at once")
+    timeout_s: float = Field(30.0, gt=0, description="seconds that a call may take, each time it is tried")
+
+    @property
+    def most(self) -> int:
+        """Replicas that there may be."""
+        return self.autoscaling.max if self.autoscaling else self.replicas
 
 
 class JudgePool(Resources):
@@ -117,8 +135,17 @@ class Judges(_Section):
     image: JudgePool = JudgePool(judge="rewards.judges.rubric:RubricImageJudge")
 
 
+class Term(_Section):
+    """One term of a reward: docs/rewards.md."""
+
+    weight: float
+    gates: dict[str, float] = Field({}, description="component -> floor; 0 closes the term where the component is 0")
+    range: tuple[float, float] = Field((0.0, 1.0), description="values of the component that count as 0 and as 1")
+
+
 class Reward(_Section):
     kind: Literal["default", "published"] = "default"
+    terms: dict[str, Term] | None = Field(None, description="component -> term, instead of those of `kind`")
     shuffled: bool = Field(False, description="control: rewards are dealt to other prompts' documents")
 
 
@@ -141,10 +168,37 @@ class ReplayStore(Resources):
 
 
 class Workers(Resources):
-    """Renderers or scorers."""
+    """Scorers, and what renderers share with them."""
 
     workers: int = Field(1, gt=0)
     concurrency: int = Field(16, gt=0)
+
+
+class Render(Workers):
+    """Renderers."""
+
+    document_s: float = Field(300.0, gt=0, description="seconds that all calls of a document may take")
+
+
+class ServedPolicy(_Section):
+    """A policy behind the service."""
+
+    model: str = Field(description="its folder, also s3://...")
+    weight: float = Field(1.0, ge=0, description="share of the questions that name no policy")
+
+
+class Serving(Resources):
+    """The HTTP service; `cpus` and the like are the gateway's."""
+
+    policies: dict[str, ServedPolicy] = Field({}, description="by name; without any, what this run trained")
+    replicas: int = Field(1, gt=0, description="agents of each policy")
+    autoscaling: Autoscaling | None = Field(None, description="instead of `replicas`")
+    requests_per_minute: int = Field(120, gt=0, description="of each API key")
+    documents_at_once: int = Field(32, gt=0, description="of each API key")
+    body_mib: float = Field(32.0, gt=0)
+    deadline_s: float = Field(600.0, gt=0, description="seconds that a document may take")
+    folder: str | None = Field(None, description="documents, pictures and the audit log; by default in the run folder")
+    keep_days: float = Field(30.0, gt=0)
 
 
 class Kl(_Section):
@@ -191,6 +245,12 @@ class Learner(Resources):
     loss_options: dict[str, float] = {}
     aggregation: str | None = Field(None, description="by default the one that the loss was published with")
     advantage: str = "grpo"
+    credit_calls: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="advantage that a call's score adds to its tag's tokens; 0: none",
+    )
     correction: dict[str, dict[str, float]] = Field(
         {"truncate_tokens": {}, "mask_sequences": {}}, description="of samples by another policy; name: options"
     )
@@ -235,8 +295,9 @@ class Config(_Section):
     judges: Judges = Judges()
     reward: Reward = Reward()
     store: ReplayStore = ReplayStore()
-    render: Workers = Workers()
+    render: Render = Render()
     score: Workers = Workers()
+    serve: Serving = Serving()
     learner: Learner
 
     @property
@@ -311,8 +372,32 @@ def _check(config: Config, path: str | Path) -> None:
         raise ConfigError(f"{path}: learner.ranks must be a multiple of learner.sequence_parallel")
     if config.learner.prompts_per_step % config.learner.updates_per_step:
         raise ConfigError(f"{path}: learner.prompts_per_step must be a multiple of learner.updates_per_step")
-    if wrong := _adapter_error(config) or _recipe_error(config):
+    if wrong := _reward_error(config) or _adapter_error(config) or _recipe_error(config):
         raise ConfigError(f"{path}: {wrong}")
+
+
+def reward_terms(config: Config) -> Terms | None:
+    """The config's own terms."""
+    terms = config.reward.terms
+    return None if terms is None else {name: components.Term(**term.model_dump()) for name, term in terms.items()}
+
+
+def scores_calls(config: Config) -> bool:
+    """Whether anything reads the scores of single calls."""
+    terms = config.reward.terms or {}
+    return config.learner.credit_calls > 0 or any("process" in (name, *t.gates) for name, t in terms.items())
+
+
+def _reward_error(config: Config) -> str:
+    terms = reward_terms(config)
+    try:
+        if terms is not None:
+            components.check(terms)
+    except ValueError as error:
+        return f"reward.terms: {error}"
+    if config.reward.shuffled and config.learner.credit_calls:
+        return "reward.shuffled deals rewards alone: a control has learner.credit_calls 0"
+    return ""
 
 
 def _adapter_error(config: Config) -> str:

@@ -23,7 +23,7 @@ from actors.scorer import Scorer
 from actors.store import StoreActor, StoreClient
 from actors.weights import WeightHub, Weights
 from agent.prompt import system_prompt
-from cluster.config import Config, Resources
+from cluster.config import Config, Resources, reward_terms, scores_calls
 from cluster.servers import RunFailed, actor_options, deploy, judges, tool_specs
 from learners.checkpoint import CONVERT_S
 from replay.record import Prompt, version
@@ -43,7 +43,7 @@ _OPTIONS = (
 )
 _RECIPE = (
     *("steps", "prompts_per_step", "updates_per_step", "passes", "max_staleness", "checkpoint_every", "keep"),
-    *("advantage", "correction", "kl", "dynamic_sampling", "overlong"),
+    *("advantage", "correction", "kl", "dynamic_sampling", "overlong", "credit_calls"),
 )
 
 
@@ -78,7 +78,7 @@ def placement(config: Config) -> list[tuple[str, int, Resources]]:
         ("hub", 1, SERVICE),
         ("feeder", 1, SERVICE),
     ]
-    rows += [(f"tool {name}", pool.replicas, pool) for name, pool in config.tools.items()]
+    rows += [(f"tool {name}", pool.most, pool) for name, pool in config.tools.items()]
     rows += [(f"judge {name}", pool.replicas, pool) for name, pool in judges(config).items()]
     return rows + [
         ("rollout", config.rollout.workers, config.rollout),
@@ -283,6 +283,7 @@ class Pools:
                 self.pool,
                 {name: pool.timeout_s for name, pool in c.tools.items()},
                 tool_specs(c),
+                c.render.document_s,
                 c.render.concurrency,
             )
             for _ in range(c.render.workers)
@@ -297,6 +298,8 @@ class Pools:
                 timeout_s=max(pool.timeout_s for pool in judges(c).values()),
                 kind=c.reward.kind,
                 multimodal=c.policy.multimodal,
+                terms=reward_terms(c),
+                process=scores_calls(c),
                 batch=c.score.concurrency,
             )
             for _ in range(c.score.workers)

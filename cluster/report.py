@@ -20,6 +20,7 @@ from agent.render import CallOutcome
 from cluster.run_folder import REPORT, SUMMARY, RunFolder
 from evals.heldout import COLUMNS, class_of
 from replay.view import View
+from rewards.components import COUNTS, MARKS
 
 PAIRS_PER_CLASS = 2
 _CLASSES = {
@@ -33,7 +34,15 @@ _CLASSES = {
 #: (title, unit, metrics.jsonl keys) of each chart.
 _CURVES = [
     ("Reward", "0 to 1", ["reward"]),
-    ("Parts of the reward", "0 to 1", ["reward/rule", "reward/coverage", "reward/precision", "reward/r_llm"]),
+    ("Parts of the reward: rules", "0 to 1", ["reward/rule", "reward/rule_strict", "reward/fit", "reward/missed"]),
+    (
+        "Parts of the reward: tools",
+        "0 to 1",
+        ["reward/coverage", "reward/precision", "reward/r_tool", "reward/process"],
+    ),
+    ("Parts of the reward: judges", "0 to 1", ["reward/r_llm", "reward/r_mllm", "reward/r_mllm_published"]),
+    ("Marks of the judges", "1 to 5", [f"reward/{name}" for name in MARKS]),
+    ("Counts a document", "", [f"reward/{name}" for name in COUNTS]),
     ("Seconds a step", "s", ["step_s", "wait_s", "forward_backward_s"]),
     ("Staleness", "optimiser steps", ["staleness", "staleness_max"]),
     ("Tokens an answer", "tokens", ["response_tokens"]),
@@ -98,14 +107,15 @@ def _curves(steps: Sequence[dict[str, Any]]) -> list[str]:
 
     out = []
     for title, unit, keys in _CURVES:
-        keys = [k for k in keys if steps and k in steps[0]]
+        keys = [k for k in keys if any(k in s for s in steps)]
         if not keys:
             continue
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         axes = figure.subplots()
         for key in keys:
+            known = [s for s in steps if key in s]
             axes.plot(
-                [s["step"] for s in steps], [s[key] for s in steps], label=key.removeprefix("reward/"), linewidth=1.4
+                [s["step"] for s in known], [s[key] for s in known], label=key.removeprefix("reward/"), linewidth=1.4
             )
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_ylabel(unit, fontsize=8)

@@ -10,8 +10,8 @@ from ray import serve
 
 from actors.serving import JudgeServer, ToolServer, judge_app, tool_app
 from agent.spec import ToolSpec
-from cluster.config import Config, JudgePool, Resources, ToolPool
-from tools.base import load
+from cluster.config import Autoscaling, Config, JudgePool, Resources, ToolPool
+from tools.base import spec_of
 
 #: Idle threads sleep at once, so that a node's processes do not fight for its cores.
 SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
@@ -21,10 +21,16 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(1 << 30),  # pictures of a call; gRPC's own limit is 4 MiB
+    "THP_MEM_ALLOC_ENABLE": "1",  # PyTorch takes fresh memory in huge pages where the kernel has them
 }
 
 
 SERVE_S = 120.0
+HEALTH_S = 5.0  # between two checks of a replica; three that fail end it
+DRAIN_S = 10.0  # a replica that is stopped may take as long to end its calls
+#: How Serve follows the number of calls: it looks at the last seconds, adds replicas soon and takes them away late.
+SCALING = {"look_back_period_s": 15.0, "upscale_delay_s": 5.0, "downscale_delay_s": 60.0}
 
 
 class RunFailed(RuntimeError):
@@ -37,8 +43,8 @@ def deploy(config: Config, pool: str) -> list[str]:
         ray.get(ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_start_serve).remote(), timeout=SERVE_S)
     _start_serve()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    targets = [_target(tool_app(pool, name), ToolServer, p, name) for name, p in config.tools.items()] + [
-        _target(judge_app(pool, name), JudgeServer, p, p.judge) for name, p in judges(config).items()
+    targets = [_target(tool_app(pool, name), _tool(name, p)) for name, p in config.tools.items()] + [
+        _target(judge_app(pool, name), _judge(p)) for name, p in judges(config).items()
     ]
     try:
         serve.run_many(targets)
@@ -53,19 +59,43 @@ def _start_serve() -> None:
 
 def tool_specs(config: Config) -> dict[str, ToolSpec]:
     """The protocol's tools: those that the config serves."""
-    classes: dict[str, Any] = {name: load(name) for name in config.tools}
-    return {name: cls.spec for name, cls in classes.items()}
+    return {name: spec_of(name, p.use or name, p.options) for name, p in config.tools.items()}
 
 
-def _target(app: str, server: Any, pool: ToolPool | JudgePool, what: str) -> serve.RunTarget:
-    deployment = server.options(
-        num_replicas=pool.replicas,
-        max_ongoing_requests=pool.concurrency,
-        ray_actor_options=actor_options(pool),
-        health_check_timeout_s=60,
-        graceful_shutdown_timeout_s=2,
+def _tool(name: str, pool: ToolPool) -> Any:
+    size: dict[str, Any] = {"num_replicas": pool.replicas}
+    if scale := pool.autoscaling:
+        size = {"autoscaling_config": autoscaling(scale)}
+    server: Any = ToolServer
+    return server.options(max_queued_requests=pool.queue, **size, **_shared(pool)).bind(
+        name, pool.use or name, pool.options, pool.concurrency, pool.timeout_s
     )
-    return serve.RunTarget(deployment.bind(what, pool.options, pool.concurrency), name=app, route_prefix=None)
+
+
+def autoscaling(scale: Autoscaling) -> dict[str, Any]:
+    """As Serve takes it."""
+    size = {"min_replicas": scale.min, "max_replicas": scale.max, "target_ongoing_requests": scale.target}
+    return {**size, **SCALING}
+
+
+def _judge(pool: JudgePool) -> Any:
+    server: Any = JudgeServer
+    return server.options(num_replicas=pool.replicas, **_shared(pool)).bind(pool.judge, pool.options, pool.concurrency)
+
+
+def _shared(pool: ToolPool | JudgePool) -> dict[str, Any]:
+    return {
+        "max_ongoing_requests": pool.concurrency,
+        "ray_actor_options": actor_options(pool),
+        "health_check_period_s": HEALTH_S,
+        "health_check_timeout_s": 60,
+        "graceful_shutdown_timeout_s": min(pool.timeout_s, DRAIN_S),
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }
+
+
+def _target(app: str, deployment: Any) -> serve.RunTarget:
+    return serve.RunTarget(deployment, name=app, route_prefix=None)
 
 
 def judges(config: Config) -> dict[str, JudgePool]:
@@ -78,6 +108,6 @@ def actor_options(asked: Resources, threads: int = 1, alone: bool = False) -> di
     return {
         "num_cpus": asked.cpus,
         "num_gpus": asked.gpus,
-        "resources": asked.resources or None,
+        "resources": dict(asked.resources),
         "runtime_env": {"env_vars": variables},
     }

@@ -99,7 +99,7 @@ def show(view: View, name: str, as_json: bool) -> None:
     for i, fact in enumerate(all_facts):
         console.print(Text("\n" * bool(i) + f"{fact['trajectory']}  {_status(fact)}", "bold"))
         for label, value in _lines(fact):
-            indented = textwrap.indent(_CONTROL.sub("\ufffd", value), " " * 11).lstrip()
+            indented = textwrap.indent(printable(value), " " * 11).lstrip()
             console.print(Text.assemble((f"{label:<10} ", "cyan"), indented))
 
 
@@ -172,6 +172,11 @@ def _answer(fact: Mapping[str, Any]) -> str:
     tokens = f"{fact['tokens']} tokens, {fact['charged_tokens']} charged, after {fact['prompt_tokens']} of the prompt"
     made = f"{fact['worker']}, ended by {fact['finish']}, {fact['seconds'] or 0:.2f} s"
     return f"{tokens}; log-prob sum {logprob}; policy {', '.join(fact['versions'])}; {made}"
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    return _CONTROL.sub("\ufffd", text)
 
 
 def _lines(fact: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ def convert(file: str | Path, folder: str | Path) -> None:
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: the package `gguf` is missing.
+        ValueError: it is no GGUF file, or one of a kind of model that Transformers cannot read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
@@ -25,14 +26,17 @@ def convert(file: str | Path, folder: str | Path) -> None:
     source = Path(file)
     if not source.is_file():
         raise FileNotFoundError(f"there is no GGUF file '{source}'")
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-        local_files_only=True,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"'{source}' cannot be read as a GGUF file: {error}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -42,5 +46,5 @@ if __name__ == "__main__":
         sys.exit("usage: python -m learners.gguf FILE.gguf FOLDER")
     try:
         convert(*sys.argv[1:])
-    except (FileNotFoundError, ImportError) as error:
+    except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"llmi: {error}")

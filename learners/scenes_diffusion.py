@@ -30,7 +30,8 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from corpus.scenes import CENTRES, COLOURS, GROUNDS, PLACES, SHAPES, describe, draw, look
-from tools.diffusion import DiffusionTool, silence
+from tools.diffusion import DiffusionTool
+from tools.pipeline_files import silence
 
 WORDS = (*SHAPES, *COLOURS, *PLACES, *GROUNDS)
 MAX_TOKENS = 12

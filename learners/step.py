@@ -8,13 +8,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from learners.advantages import ADVANTAGES, Outcome
+from learners.credit import Credit
 from learners.kl import ESTIMATORS
 from learners.packing import Sample
 from learners.world import gathered
@@ -34,11 +35,13 @@ class StepPlan:
         groups: of each group, (name, reward, charged tokens) of every sample.
         parts: names of the samples of each update, in order; a sample may be in several.
         without_weight: names of samples that do not count in the loss.
+        credits: of samples with calls that are credited.
     """
 
     groups: Sequence[Sequence[tuple[str, float, int]]]
     parts: Sequence[Sequence[str]]
     without_weight: Collection[str] = ()
+    credits: Mapping[str, Sequence[Credit]] = field(default_factory=dict)
 
     def share(self, rank: int, ranks: int) -> list[str]:
         """The samples of one rank, the same in all updates: of every group and part about as many as each other's."""
@@ -67,14 +70,21 @@ class Recipe:
 
 
 def take_step(
-    engine: Learner, plan: StepPlan, mine: Mapping[str, Sample], recipe: Recipe
+    engine: Learner,
+    plan: StepPlan,
+    mine: Mapping[str, Sample],
+    recipe: Recipe,
+    credit: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """All updates of a step with this rank's samples.
+
+    Args:
+        credit: of some of them, [tokens] what is added to each token's advantage.
 
     Returns:
         metrics: those of `Learner.step`, folded over the updates; `score_s`, the seconds before the first; and
             `kl_reference` if it is in the reward.
-        advantages: of every sample of the step, the mean over its tokens.
+        advantages: of every sample of the step, the mean over its tokens, without the credit.
     """
     started = time.perf_counter()
     penalties = score(engine, plan, mine, recipe)
@@ -82,6 +92,8 @@ def take_step(
     for name, sample in mine.items():
         sample.advantage = np.zeros(len(sample.mask))
         sample.advantage[sample.mask == 1] = advantages[name]
+        if credit and name in credit:
+            sample.advantage += credit[name] * sample.mask
         sample.weight = float(name not in plan.without_weight)
     metrics = {"score_s": time.perf_counter() - started}
     updates = [engine.step([mine[name] for name in part if name in mine]) for part in plan.parts]

@@ -45,10 +45,14 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's scores, criterion -> 1..5, with a reason each."""
+    """A judge's scores, criterion -> 1..5, with a reason each.
+
+    `disagreement` is the standard deviation of a score among the answers or judges that it is the mean of.
+    """
 
     scores: Mapping[str, float]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    disagreement: Mapping[str, float] = field(default_factory=dict)
 
 
 class Judge(Protocol):

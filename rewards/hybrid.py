@@ -1,5 +1,7 @@
 """The hybrid reward: rules, a text judge and an image judge, summed as published or in a corrected form.
 
+Both are terms over the same components (`rewards.components`), and a config may give terms of its own.
+
 With v pictures, n = `image_num`, T and I the text judge's scores, m the mean of the image judge's three (all 1..5):
 
     R_llm = ((1.4 T + 0.6 I) / 2 - 1) / 4          (1.5 and 0.5 for vision-language policies)
@@ -23,6 +25,8 @@ What it changes, and why:
   published one gives it 1.0, so that pictures can only lower it.
 - F charges the wrong tool (R falls to a fifth or less), the superfluous call and the failed one. The published sum
   only counts pictures, whatever made them. A tool that was never called is not covered, and no success of R_tool.
+- So tool precision (`right_calls`) and missed opportunities (`coverage`, the number of pictures, and M where they are
+  free) are in F, R_rule and M. `precision` and `missed` tell of them apart from success, and can be terms or gates.
 - An outage of a tool or a judge has no place in it: a call without an end of its own and a verdict without its
   scores raise, so that the trajectory is tried again and never scored low.
 - Judges are given the user's own pictures (`Rendered.given`): what was made of one can be compared with it.
@@ -31,15 +35,19 @@ What it changes, and why:
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rewards.base import JudgeFailed, Rendered, Verdict
+from rewards.components import DEFAULT, KINDS, Terms, total
+from rewards.process import CALL, call_scores
 from rewards.rules import (
     NONE_ALLOWED,
     accurate,
     count_images,
     coverage,
+    missed,
     right_calls,
     rule,
     rule_strict,
@@ -47,7 +55,6 @@ from rewards.rules import (
     tool_reward,
 )
 
-KINDS = ("default", "published")
 TEXT_CRITERIA = ("text", "image_tags")
 IMAGE_CRITERIA = ("image_quality", "task_relevance", "text_image_relevance")
 #: More pictures than this get the lowest image scores, unseen.
@@ -59,7 +66,7 @@ class Score:
     """What a document earned.
 
     Attributes:
-        reward: what the policy is trained on, 0..1.
+        reward: what the policy is trained on: 0..1, but for terms of one's own.
         reward_strict: the default hybrid with the strict 0/1 rule, 0..1, whatever the policy is trained on.
         accurate: counts for tool accuracy.
         components: what the sums are made of, by name; judges' criteria as given (1..5), all else 0..1 or a count.
@@ -72,7 +79,14 @@ class Score:
 
 
 def score(
-    doc: Rendered, text: Verdict, image: Verdict | None, kind: str = "default", multimodal: bool = False
+    doc: Rendered,
+    text: Verdict,
+    image: Verdict | None,
+    kind: str = "default",
+    multimodal: bool = False,
+    *,
+    terms: Terms | None = None,
+    process: bool = False,
 ) -> Score:
     """Score one rendered document.
 
@@ -80,8 +94,11 @@ def score(
         text: the text judge's verdict, with TEXT_CRITERIA.
         image: the image judge's, with IMAGE_CRITERIA; not read, and so may be None, where the document has no
             picture or more than MOST_IMAGES.
-        kind: one of KINDS.
+        kind: a name in `rewards.components.KINDS`.
         multimodal: the policy is a vision-language model.
+        terms: of the reward, instead of those of `kind`; checked by `rewards.components.check`.
+        process: score each call too (`rewards.process`), which opens the pictures; of a document with calls, the
+            scores are components `call/0`, `call/1`, ..., and their mean is `process`.
 
     Raises:
         JudgeFailed: a verdict lacks a criterion, or holds something else than a number from 1 to 5.
@@ -93,33 +110,35 @@ def score(
     judged = _criteria(text, TEXT_CRITERIA, "text") | _image_criteria(image, images)
     r_llm = _r_llm(judged["text"], judged["image_tags"], multimodal)
     r_mllm = _r_mllm(judged, images)
-    parts = {
+    parts = judged | {
         "rule": rule(images, doc.image_num),
         "rule_strict": rule_strict(images, doc.image_num),
         "r_llm": r_llm,
-        "r_mllm": _published_images(r_mllm) if kind == "published" else _default_images(doc, r_mllm, r_llm),
+        "r_mllm": _default_images(doc, r_mllm, r_llm),
+        "r_mllm_published": 1.0 if r_mllm is None else r_mllm,
         "r_tool": tool_reward(doc),
         "coverage": coverage(doc),
         "precision": tool_precision(doc),
+        "missed": missed(doc),
         "fit": coverage(doc) * right_calls(doc),
         "images": float(images),
         "calls": float(len(doc.calls)),
     }
-    quality = _quality(parts["fit"], r_llm, _default_images(doc, r_mllm, r_llm))
+    if process:
+        parts |= _process(doc)
     return Score(
-        reward=_published(parts) if kind == "published" else parts["rule"] * quality,
-        reward_strict=parts["rule_strict"] * quality,
+        reward=total(KINDS[kind] if terms is None else terms, parts),
+        reward_strict=total(DEFAULT, parts | {"rule": parts["rule_strict"]}),
         accurate=accurate(doc),
-        components=judged | parts,
+        components=parts,
     )
 
 
-def _published(parts: Mapping[str, float]) -> float:
-    return 0.2 * parts["rule"] + 0.3 * parts["r_mllm"] * parts["rule"] + 0.5 * parts["r_llm"]
-
-
-def _quality(fit: float, r_llm: float, r_mllm: float) -> float:
-    return (0.2 + 0.8 * fit) * (0.4 + 0.4 * r_llm + 0.2 * r_mllm)
+def _process(doc: Rendered) -> dict[str, float]:
+    """Of a document without a call, `process` is what the rule says: 1 if none was needed."""
+    scores = call_scores(doc)
+    mean = statistics.fmean(scores) if scores else 1 - missed(doc)
+    return {"process": mean} | {f"{CALL}{i}": one for i, one in enumerate(scores)}
 
 
 def _r_llm(text: float, image_tags: float, multimodal: bool) -> float:
@@ -130,10 +149,6 @@ def _r_llm(text: float, image_tags: float, multimodal: bool) -> float:
 def _r_mllm(judged: Mapping[str, float], images: int) -> float | None:
     """(mean - 1) / 4, or None where there is no picture to judge."""
     return (sum(judged[name] for name in IMAGE_CRITERIA) / len(IMAGE_CRITERIA) - 1) / 4 if images else None
-
-
-def _published_images(r_mllm: float | None) -> float:
-    return 1.0 if r_mllm is None else r_mllm
 
 
 def _default_images(doc: Rendered, r_mllm: float | None, r_llm: float) -> float:

@@ -78,6 +78,18 @@ def tool_precision(doc: Rendered) -> float:
     return sum(_wanted(doc, call) for call in doc.calls) / len(doc.calls)
 
 
+def missed(doc: Rendered) -> float:
+    """Share of the opportunities for a picture at which no call was made, 0..1, whatever became of the calls.
+
+    Opportunities are the required tools and, where their number is known, the required pictures; where pictures are
+    free there is one, and none where they are not allowed (after ATP-Bench's missed images).
+    """
+    wanted = [call for call in doc.calls if _wanted(doc, call)]
+    tools = len(set(doc.tools) - {call.source for call in wanted}) / len(set(doc.tools)) if doc.tools else 0.0
+    number = {NONE_ALLOWED: 0, FREE: 1, AT_LEAST_ONE: 1}.get(doc.image_num, doc.image_num)
+    return max(tools, 1 - len(wanted) / number if number > len(wanted) else 0.0)
+
+
 def right_calls(doc: Rendered) -> float:
     """Share of the made calls that were wanted and succeeded; 1.0 without a call (`coverage` sees what is missing)."""
     if not doc.calls:

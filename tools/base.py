@@ -7,8 +7,9 @@ with the trajectory; anything else that `run` raises is infrastructure, is tried
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -28,8 +29,7 @@ class ToolResult:
 
     Attributes:
         images: at least one picture, in order.
-        provenance: where they come from, JSON-ready. Search: `title`, `source`, `licence`, `caption` at least;
-            diffusion: `model`, `seed`; edit: `operations`; code: `figures`.
+        provenance: who made them, with what, from where, under which licence (docs/tools.md, Provenance); JSON-ready.
     """
 
     images: tuple[Blob, ...]
@@ -37,7 +37,16 @@ class ToolResult:
 
 
 class Tool(Protocol):
-    """A tool. Construct it with the keyword options of its section in the config."""
+    """A tool. Construct it with the keyword options of its section in the config.
+
+    What a tool may have besides:
+        describe(**options) -> ToolSpec: a class method; the spec, where it depends on the options.
+        batch: int and run_many(calls) -> results: calls are gathered, at most `batch` at once. `calls` are pairs
+            (params, images); the results are a ToolResult or a CallFailed each, in the calls' order.
+        check() -> None: raises if the tool is broken for good; its server is then replaced.
+        cost(params) -> float: US dollars that a call costs.
+        close() -> None: gives back what it holds.
+    """
 
     spec: ToolSpec
 
@@ -46,7 +55,7 @@ class Tool(Protocol):
 
         Args:
             params: exactly the parameters of `spec`, already validated.
-            images: the pictures that `spec.image_params` point at, in that order.
+            images: the pictures that `spec.image_params` point at, in the order of `spec.pictures(params)`.
 
         Raises:
             CallFailed: the caller's fault.
@@ -58,22 +67,42 @@ def builtin() -> dict[str, str]:
     """Built-in tools as `name -> "module:class"`."""
     return {
         "code": "tools.code:CodeTool",
+        "mcp": "tools.mcp:McpTool",
         "edit": "tools.edit:EditTool",
         "search": "tools.search:SearchTool",
         "diffusion": "tools.diffusion:DiffusionTool",
+        "edit-diffusion": "tools.edit_diffusion:EditDiffusionTool",
+        "images-api": "tools.images_api:ImagesApiTool",
+        "ark": "tools.ark:ArkTool",
+        "ref": "tools.ref:RefTool",
     }
 
 
-def load(name: str) -> Callable[..., Tool]:
-    """The class of a tool: a built-in one, or one that a package offers in the entry point group `llmi.tools`.
+def load(use: str) -> Callable[..., Tool]:
+    """The class of an implementation: a built-in name, one of the entry point group `llmi.tools`, or `module:class`.
 
     Raises:
-        LookupError: no such tool; the message names those that exist.
+        LookupError: there is none; the message names those that exist.
     """
-    if name in (known := builtin()):
-        module, _, cls = known[name].partition(":")
-        return getattr(__import__(module, fromlist=[cls]), cls)
+    known = builtin()
+    module, colon, cls = known.get(use, use).partition(":")
+    if colon:
+        try:
+            return getattr(importlib.import_module(module), cls)
+        except (ImportError, AttributeError) as error:
+            raise LookupError(f"tool {use!r} cannot be imported: {error}") from error
     found = {e.name: e for e in entry_points(group=ENTRY_POINTS)}
-    if name not in found:
-        raise LookupError(f"unknown tool {name!r}: known are {', '.join(sorted(known.keys() | found.keys()))}")
-    return found[name].load()
+    if use not in found:
+        raise LookupError(f"unknown tool {use!r}: known are {', '.join(sorted(known.keys() | found.keys()))}")
+    return found[use].load()
+
+
+def spec_of(name: str, use: str, options: Mapping[str, Any]) -> ToolSpec:
+    """The contract of implementation `use` with these options, under the name that the protocol has for it.
+
+    Raises:
+        LookupError: there is no such implementation.
+    """
+    tool: Any = load(use)
+    spec = tool.describe(**options) if hasattr(tool, "describe") else tool.spec
+    return replace(spec, name=name)

@@ -7,9 +7,11 @@ loop, flood, crash, end its process) fails that call and no other. The same code
 
 from __future__ import annotations
 
+import logging
 import signal
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from agent.spec import PUBLISHED
@@ -19,6 +21,10 @@ from tools.sandbox import FRAME, Reply, Sandbox
 
 _MAX_CODE = 256 << 10  # characters
 _MAX_PIXELS = 16_000_000  # a figure
+_MAX_WARNING, _MOST_WARNINGS = 200, 16  # characters, and sentences: the code may have sent them itself
+#: The least that is asked of a machine; seccomp and limits are always there, or no code is run.
+REQUIRED = ("files", "network", "processes")
+_log = logging.getLogger(__name__)
 
 
 class CodeTool:
@@ -31,6 +37,10 @@ class CodeTool:
         figsize: width and height in inches of a figure for which the code asks for none.
         max_figures: figures returned by one call, in the order of their numbers; further ones are left out.
         max_output_bytes: encoded size of all figures of one call.
+        require: what must be out of the code's reach, or the tool refuses to start (`tools.sandbox.GUARANTEES`).
+
+    Attributes:
+        guarantees: which of them hold on this machine.
     """
 
     spec = PUBLISHED["code"]
@@ -43,6 +53,7 @@ class CodeTool:
         figsize: tuple[float, float] = (4.8, 3.2),
         max_figures: int = 8,
         max_output_bytes: int = 32 << 20,
+        require: Sequence[str] = REQUIRED,
     ):
         self._timeout_s, self._memory_mib, self._max_bytes = timeout_s, memory_mib, max_output_bytes
         self._options = {
@@ -54,9 +65,12 @@ class CodeTool:
             "max_pixels": _MAX_PIXELS // 4,  # a figure grows to fourfold at most, if its labels need it
         }
         self._sandbox = Sandbox()
+        self.guarantees = self._sandbox.require(require)
+        _log.info("the code tool holds: %s", ", ".join(sorted(self.guarantees)))
 
     def run(self, params: Mapping[str, Any], images: Sequence[Blob] = ()) -> ToolResult:
-        """Run `params["code"]` and return its open figures as PNG; provenance: `figures`, and `left_out` if any were.
+        """Run `params["code"]` and return its open figures as PNG; provenance: `maker`, `figures`,
+        `left_out` if any were, and `warnings` of what a reader would stumble over.
 
         Raises:
             CallFailed: the code failed; the reason names its line and the error.
@@ -66,56 +80,80 @@ class CodeTool:
         if len(code) > _MAX_CODE:
             raise CallFailed(f"the code is {len(code)} characters long: at most {_MAX_CODE} are run")
         reply = self._sandbox.call({**self._options, "code": code}, self._timeout_s, self._max_bytes)
-        figures, drawn = self._figures(reply)
-        provenance = {"figures": len(figures)} | ({"left_out": drawn - len(figures)} if drawn > len(figures) else {})
-        return ToolResult(tuple(Blob(f) for f in figures), provenance)
+        answer = self._answer(reply)
+        provenance: dict[str, Any] = {"maker": "matplotlib", "figures": len(answer.figures)}
+        if (left_out := (answer.drawn or 0) - len(answer.figures)) > 0:
+            provenance["left_out"] = left_out
+        if answer.warnings:
+            provenance["warnings"] = answer.warnings
+        return ToolResult(tuple(Blob(f) for f in answer.figures), provenance)
+
+    def check(self) -> None:
+        """Raises RuntimeError if not even a trivial chart can be drawn any more."""
+        try:
+            self.run({"code": "plt.plot([0, 1])"})
+        except CallFailed as failed:
+            raise RuntimeError(f"the code tool cannot draw a line: {failed}") from failed
 
     def close(self) -> None:
         """End the zygote and everything it runs; later calls raise."""
         self._sandbox.close()
 
-    def _figures(self, reply: Reply) -> tuple[list[bytes], int]:
+    def _answer(self, reply: Reply) -> Answer:
         if reply.stopped == "time":
             raise CallFailed(f"the code ran longer than {self._timeout_s:g} s and was stopped")
         if reply.stopped == "size":
             raise CallFailed(f"the figures take more than {self._max_bytes / 2**20:g} MiB: draw fewer or smaller ones")
         try:
-            figures, reason, drawn = parse(reply.frames)
+            answer = parse(reply.frames)
         except ValueError as error:
             raise CallFailed(f"the code wrote into the channel that carries its figures ({error})") from error
-        if reason:
+        if reason := answer.reason:
             raise CallFailed(f"{reason} (the limit is {self._memory_mib} MiB)" if "MemoryError" in reason else reason)
-        if drawn is None:
+        if answer.drawn is None:
             raise CallFailed(f"{_ending(reply.exit_code or 0)}{_quote(reply)}")
-        if not figures:
+        if not answer.figures:
             raise CallFailed(f"the code drew no figure, or closed it{_quote(reply)}")
-        return figures, drawn
+        return answer
 
 
-def parse(frames: bytes | bytearray) -> tuple[list[bytes], str, int | None]:
-    """Read a child's frames: its figures, the reason of its failure, the number of figures it drew (None: not told).
+@dataclass
+class Answer:
+    """What a child said: its figures, why it failed, how many figures it drew (None: not told), and what is wrong with
+    them.
+    """
+
+    figures: list[bytes] = field(default_factory=list)
+    reason: str = ""
+    drawn: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def parse(frames: bytes | bytearray) -> Answer:
+    """Read a child's frames.
 
     Raises:
         ValueError: they are not what the zygote writes.
     """
-    figures: list[bytes] = []
-    reason, drawn, at = "", None, 0
+    answer, at = Answer(), 0
     while at < len(frames):
         if at + FRAME.size > len(frames):
             raise ValueError("half a frame")
         kind, size = FRAME.unpack_from(frames, at)
         at += FRAME.size + size
         payload = bytes(frames[at - size : at])
-        if kind not in b"CFED" or at > len(frames):
-            raise ValueError(f"unknown frame {kind!r}" if kind not in b"CFED" else "half a frame")
+        if kind not in b"CFEWD" or at > len(frames):
+            raise ValueError(f"unknown frame {kind!r}" if kind not in b"CFEWD" else "half a frame")
         if kind == b"F":
             _check_png(payload)
-            figures.append(payload)
+            answer.figures.append(payload)
         elif kind == b"E":
-            reason = payload.decode()
+            answer.reason = payload.decode()
+        elif kind == b"W" and len(answer.warnings) < _MOST_WARNINGS:
+            answer.warnings.append(payload.decode()[:_MAX_WARNING])
         elif kind == b"D":
-            drawn = int(payload)
-    return figures, reason, drawn
+            answer.drawn = int(payload)
+    return answer
 
 
 def _check_png(data: bytes) -> None:

@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from tools.base import CallFailed
+from tools.picture import MAX_PIXELS
 
 Picture = Image.Image
 Colour = tuple[int, int, int]
 
-MAX_PIXELS = 25_000_000  # of a picture that comes in, and of one that an operation makes
 _SEPIA = (0.393, 0.769, 0.189, 0, 0.349, 0.686, 0.168, 0, 0.272, 0.534, 0.131, 0)
 _WHITE = (255, 255, 255)
 

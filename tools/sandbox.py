@@ -19,13 +19,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FRAME = struct.Struct("!cI")  # kind and length of what follows, as in tools/zygote.py
+_STATUS = struct.Struct("!id")  # wait status and CPU seconds, as there
+_CALLS, _ROOT = "calls", "root"  # folders of its home, as there
+#: What `Sandbox.require` knows: three that are tried out, and how they come about.
+GUARANTEES = ("files", "network", "processes", "landlock") + tuple(
+    f"{kind} namespace" for kind in ("user", "network", "ipc", "uts", "mount", "pid")
+)
 
 _START_S = 120.0  # the zygote's imports, from a cold and slow disk
 _CHILD_S = 60.0  # from the call to the code's first line, on a busy machine
@@ -43,12 +49,14 @@ class Reply:
         frames: what it sent, frame after frame.
         printed: the beginning of its standard output and error.
         exit_code: as of `subprocess`: negative for a signal; None while it has not ended.
+        cpu_s: seconds of CPU time that it took.
         stopped: why it was killed: "time", "size", or "" if it was not.
     """
 
     frames: bytearray = field(default_factory=bytearray)
     printed: bytearray = field(default_factory=bytearray)
     exit_code: int | None = None
+    cpu_s: float = 0.0
     stopped: str = ""
 
     @property
@@ -70,6 +78,9 @@ class _Zygote:
         self.home = tempfile.mkdtemp(prefix="llmi-code-")
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.greeted = False
+        self.holds: frozenset[str] = frozenset()
+        for folder in (_CALLS, _ROOT):
+            os.mkdir(os.path.join(self.home, folder))
         environment = {
             "HOME": self.home,
             "MPLCONFIGDIR": os.path.join(self.home, "matplotlib"),
@@ -109,8 +120,9 @@ class _Zygote:
         if not hello:
             said = Path(self.home, "log").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             raise RuntimeError(f"the code tool's zygote did not start: {said[-1]}")
-        if not json.loads(hello)["landlock"]:
-            _log.warning("this kernel has no Landlock: model-written code sees all files of its user")
+        said = json.loads(hello)
+        namespaces = [f"{kind} namespace" for kind in said["namespaces"]]
+        self.holds = frozenset([*said["held"], *namespaces, *(["landlock"] if said["landlock"] else [])])
         self.control.settimeout(_END_S)
         self.greeted = True
 
@@ -147,19 +159,39 @@ class Sandbox:
             RuntimeError: the sandbox failed, not the code; or it is closed.
         """
         zygote = self._running()
-        cwd = tempfile.mkdtemp(dir=zygote.home)
+        cwd = tempfile.mkdtemp(dir=os.path.join(zygote.home, _CALLS))
         try:
             reply = self._talk(zygote, json.dumps({**request, "cwd": cwd}).encode(), timeout_s, max_bytes)
         finally:
             _remove(cwd)
         if self._closed:  # a child that close() killed
             raise RuntimeError("the code tool was closed during a call")
+        if reply.exit_code == -signal.SIGKILL and reply.cpu_s >= request["cpu_s"]:
+            reply.exit_code = -signal.SIGXCPU
         if reply.exit_code == -signal.SIGKILL and not reply.stopped:
             raise RuntimeError("the kernel killed the code's process: the machine is out of memory")
         if not reply.confined:
             said = reply.printed.decode(errors="replace").strip() or f"it ended with {reply.exit_code}"
             raise RuntimeError(f"the code tool could not confine a process: {said}")
         return reply
+
+    def require(self, names: Collection[str]) -> frozenset[str]:
+        """Wait for the zygote; which of `GUARANTEES` hold on this machine, as it has found out.
+
+        Raises:
+            ValueError: one of `names` is no guarantee.
+            RuntimeError: one of `names` does not hold.
+        """
+        if unknown := sorted(set(names) - set(GUARANTEES)):
+            raise ValueError(f"code: unknown guarantee {unknown[0]!r}: known are {', '.join(GUARANTEES)}")
+        holds = self._running().holds
+        if missing := [name for name in GUARANTEES if name in names and name not in holds]:
+            self.close()
+            raise RuntimeError(
+                f"the code tool cannot protect {' and '.join(missing)} on this machine (kernel {os.uname().release}), "
+                "which its option `require` asks for; run it on a newer kernel, or require less"
+            )
+        return holds
 
     def close(self) -> None:
         """End the zygote and everything it runs; later calls raise."""
@@ -227,7 +259,8 @@ def _read(conversation: socket.socket, output: int, status: socket.socket, timeo
                 data = _receive(key.fd)
                 if key.fileobj is status:
                     if data:
-                        reply.exit_code = os.waitstatus_to_exitcode(struct.unpack("!i", data)[0])
+                        status_, reply.cpu_s = _STATUS.unpack(data)
+                        reply.exit_code = os.waitstatus_to_exitcode(status_)
                     for fd in (conversation.fileno(), output):  # what it sent before it ended
                         while data := _receive(fd):
                             reply.add(data, printed=fd == output)

@@ -27,6 +27,7 @@ import struct
 import sys
 import tempfile
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -41,14 +42,23 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 FRAME = struct.Struct("!cI")  # kind, length of what follows
-CONFINED, FIGURE, FAILED, DONE = b"C", b"F", b"E", b"D"
+STATUS = struct.Struct("!id")  # of a child that has ended: wait status, seconds of CPU time
+CONFINED, FIGURE, FAILED, WARNING, DONE = b"C", b"F", b"E", b"W", b"D"
 SOURCE = "<code>"
+CALLS, ROOT = "calls", "root"  # folders in HOME: of the calls' folders, and where a new root is mounted
 MAX_REASON = 400  # characters
 MAX_FILE_BYTES = 64 << 20
 # Room for both axes' labels in a small figure: matplotlib's own margins are made for 6.4 x 4.8 inches.
 MARGINS = {"figure.subplot.left": 0.15, "figure.subplot.right": 0.96, "figure.subplot.bottom": 0.18}
 
-jail = types.SimpleNamespace(**runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), "jail.py")))
+
+def _beside(name: str) -> Any:
+    """A module that lies beside this file: nothing of the project's is imported."""
+    return types.SimpleNamespace(**runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), name)))
+
+
+jail, namespaces = _beside("jail.py"), _beside("namespaces.py")
+chart_check, fonts = _beside("chart_check.py"), _beside("fonts.py").Fallback()
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,9 @@ class Child:
 class Zygote:
     """Forks children on request and reports how each ended."""
 
-    def __init__(self, control: socket.socket, readable: list[str]):
-        self.control = control
-        self.readable = readable
+    def __init__(self, control: socket.socket, readable: list[str], kinds: list[str]):
+        self.control, self.readable, self.kinds = control, readable, kinds
+        self.alive = os.pipe()  # as long as somebody writes to it
         self.ready = selectors.DefaultSelector()
         self.ready.register(control, selectors.EVENT_READ, self.fork)
         self.children: dict[int, Child] = {}
@@ -87,15 +97,14 @@ class Zygote:
             self.closed = True
             return
         conversation, output, status = fds
-        zygote = os.getpid()
         try:
-            pid = os.fork()
+            pid = namespaces.fork(self.kinds)
         except OSError:  # out of memory or processes: the caller reads the end of a status that never came
             for fd in fds:
                 os.close(fd)
             return
         if pid == 0:
-            self.become_child(zygote, conversation, output, status)
+            self.become_child(conversation, output)
         os.close(conversation)
         os.close(output)
         child = Child(pid, os.pidfd_open(pid), socket.socket(fileno=status))
@@ -112,30 +121,29 @@ class Zygote:
                 os.killpg(child.pid, signal.SIGKILL)
 
     def reap(self, child: Child) -> None:
-        _, status = os.waitpid(child.pid, 0)
+        _, status, used = os.wait4(child.pid, 0)
         del self.children[child.pid]
         self.ready.unregister(child.pidfd)
         os.close(child.pidfd)
         with contextlib.suppress(KeyError):
             self.ready.unregister(child.status)
         with child.status, contextlib.suppress(OSError):  # the caller may have gone
-            child.status.send(struct.pack("!i", status))
+            child.status.send(STATUS.pack(status, used.ru_utime + used.ru_stime))
 
-    def become_child(self, zygote: int, conversation: int, output: int, status: int) -> NoReturn:
+    def become_child(self, conversation: int, output: int) -> NoReturn:
         """Let go of what is the zygote's, and run one request. Exit status 1: the sandbox could not be made."""
         try:
             os.setsid()
-            jail.die_with_parent(zygote)
+            os.close(self.alive[1])
+            jail.die_with_parent(self.alive[0])
             self.ready.close()
             self.control.close()
-            os.close(status)
             for child in self.children.values():
-                os.close(child.pidfd)
                 child.status.close()
             os.dup2(output, 1)
             os.dup2(output, 2)
-            os.close(output)
-            run_request(socket.socket(fileno=conversation), self.readable)
+            keep_open({0, 1, 2, conversation})
+            run_request(socket.socket(fileno=conversation), self.readable, self.kinds)
             os._exit(0)
         except BaseException as error:  # whatever it is must not return into the zygote's loop
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
@@ -143,10 +151,21 @@ class Zygote:
             os._exit(1)
 
 
-def run_request(conversation: socket.socket, readable: list[str]) -> None:
+def keep_open(fds: set[int]) -> None:
+    """Close all other file descriptors: some lead to the system outside."""
+    first = 0
+    for fd in sorted(fds):
+        if first < fd:  # Python takes an empty range that begins at 0 for all there are
+            os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, 1 << 20)
+
+
+def run_request(conversation: socket.socket, readable: list[str], kinds: list[str]) -> None:
     """Read a request, confine this process, run the code and send its figures."""
     size = FRAME.unpack(conversation.recv(FRAME.size, socket.MSG_WAITALL))[1]
     request = json.loads(conversation.recv(size, socket.MSG_WAITALL))
+    request["cwd"] = namespaces.settle(kinds, request["cwd"])
     prepare(request)
     jail.limit(_address_space() + (request["memory_mib"] << 20), request["cpu_s"], MAX_FILE_BYTES)
     jail.confine(readable, request["cwd"])
@@ -232,33 +251,52 @@ def send_figures(send: Callable[..., None], request: dict[str, Any]) -> str:
         if not 1 <= width * height <= request["max_pixels"]:
             return f"figure {number} is {width:.0f} x {height:.0f} pixels: choose a smaller figsize"
         try:
-            send(FIGURE, png(figure, request["dpi"]))
+            data, problems = png(figure, request["dpi"])
+            send(FIGURE, data)
+            for problem in problems:
+                send(WARNING, (f"figure {number}: {problem}" if len(numbers) > 1 else problem).encode())
         except Exception as error:  # drawing runs the code's own objects: bad mathtext, locators, artists
             return f"figure {number} cannot be drawn: {type(error).__name__}: {error}".rstrip(": ")
     send(DONE, str(len(numbers)).encode())
     return ""
 
 
-def png(figure: Figure, dpi: int) -> bytes:
-    """The figure without metadata, so that the same code gives the same bytes.
+def png(figure: Figure, dpi: int) -> tuple[bytes, list[str]]:
+    """The figure without metadata, so that the same code gives the same bytes; and what its reader would stumble over.
 
     Where labels reach beyond an edge, the picture grows up to them, to twice the figure's size at most.
     """
     figure.set_dpi(dpi)
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
-    width, height = figure.get_size_inches()
-    needed = Bbox.union([Bbox.from_extents(0, 0, width, height), figure.get_tightbbox()])
-    growth = max(needed.width / width, needed.height / height)
-    box = needed.padded(0.03) if 1.002 < growth < 2 else None
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches=box, metadata={"Software": None})
-    return buffer.getvalue()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if figure.get_layout_engine() is not None:
+            figure.draw_without_rendering()
+        width, height = figure.get_size_inches()
+        edges = figure.get_tightbbox()
+        if fonts.extend(figure):
+            told.clear()  # the glyphs that were missing until now
+            edges = figure.get_tightbbox()
+        needed = Bbox.union([Bbox.from_extents(0, 0, width, height), edges])
+        growth = max(needed.width / width, needed.height / height)
+        box = needed.padded(0.03) if 1.002 < growth < 2 else None
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi, bbox_inches=box, metadata={"Software": None})
+    try:
+        problems = chart_check.problems(figure, growth >= 2, [str(warning.message) for warning in told])
+    except Exception:  # artists of the code's own; the chart is drawn, and may be good
+        problems = []
+    return buffer.getvalue(), problems
 
 
 def _address_space() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # a process namespace whose /proc cannot be mounted
+        return _LIBRARIES
+
+
+_LIBRARIES = 2 << 30  # bytes of address space that they take, at most
 
 
 def warm_up() -> None:
@@ -282,16 +320,74 @@ def installation() -> list[str]:
     libraries = [os.path.dirname(os.path.dirname(str(m.__file__))) for m in (matplotlib, np, pd, sns)]
     system = ["/usr/lib", "/lib", "/lib64", "/usr/share", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom"]
     own = [matplotlib.get_configdir(), matplotlib.get_cachedir()]
-    return sorted({sys.prefix, sys.base_prefix, *libraries, *system, *own})
+    paths = {sys.prefix, sys.base_prefix, *libraries, *system, *own}
+    return sorted(paths | {os.path.realpath(path) for path in paths})  # a cache may name either
+
+
+def try_out(kinds: list[str], home: str, readable: list[str]) -> None:
+    """Do what the zygote and a child do with namespaces of these kinds. Raises OSError where that does not work."""
+    calls = os.path.join(home, CALLS)
+    folder = tempfile.mkdtemp(dir=calls)
+    namespaces.enter(kinds, os.path.join(home, ROOT), readable, calls)
+    pid = namespaces.fork(kinds)
+    if pid == 0:
+        try:
+            os.open(os.path.join(namespaces.settle(kinds, folder), "file"), os.O_CREAT)
+            for module in (os, np):  # whose files may belong to a user who has no number in the new namespace
+                os.open(str(module.__file__), os.O_RDONLY)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(pid, 0)[1] != 0:
+        raise OSError("a child cannot work")
+
+
+def held(zygote: Zygote, home: str) -> list[str]:
+    """What of `files`, `network` and `processes` is out of a child's reach, found out by a child that tries."""
+    folder = tempfile.mkdtemp(dir=os.path.join(home, CALLS))
+    attempts: dict[str, list[Callable[[], Any]]] = {
+        "files": [lambda: os.open("/etc/passwd", os.O_RDONLY), lambda: os.open(f"{home}/log", os.O_RDONLY)],
+        "network": [socket.socket],
+        "processes": [os.fork, lambda: os.kill(os.getppid(), 0)],
+    }
+    out = []
+    for name, each in attempts.items():
+        pid = namespaces.fork(zygote.kinds)
+        if pid == 0:
+            try:
+                namespaces.settle(zygote.kinds, folder)
+                jail.confine(zygote.readable, namespaces.FOLDER if "mount" in zygote.kinds else folder)
+                os._exit(0 if all(map(_refused, each)) else 1)
+            finally:
+                os._exit(1)
+        if os.waitpid(pid, 0)[1] == 0:
+            out.append(name)
+    return out
+
+
+def _refused(attempt: Callable[[], Any]) -> bool:
+    try:
+        attempt()
+    except OSError:
+        return True
+    return False
 
 
 def main() -> None:
     warm_up()
+    home, readable = sys.argv[2], installation()
+    parent = os.open(os.path.dirname(home), os.O_PATH | os.O_DIRECTORY)  # is out of sight later
+    kinds = namespaces.usable(lambda kinds: try_out(kinds, home, readable))
+    namespaces.enter(kinds, os.path.join(home, ROOT), readable, os.path.join(home, CALLS))
     with socket.socket(fileno=int(sys.argv[1])) as control:
+        zygote = Zygote(control, readable, kinds)
+        hello = {"held": held(zygote, home), "namespaces": kinds, "landlock": jail.landlock_abi()}
+        for left in os.scandir(os.path.join(home, CALLS)):  # by those who tried things out
+            shutil.rmtree(left.path)
         with contextlib.suppress(ConnectionError):  # the owner is gone already: serve() will see that
-            control.send(json.dumps({"landlock": jail.landlock_abi()}).encode())
-        Zygote(control, installation()).serve()
-    shutil.rmtree(sys.argv[2], ignore_errors=True)
+            control.send(json.dumps(hello).encode())
+        zygote.serve()
+    shutil.rmtree(os.path.basename(home), ignore_errors=True, dir_fd=parent)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors.learner import LearnerRank
+from learners.sft import train_tokenizer
 from replay.store import Claim, Store
 from tests.learners.conftest import model_dir
 from tests.replay.rows import Clock, pending, row
@@ -55,13 +58,13 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def rank(store: Store, model_dir: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     made: list[Any] = []
 
-    def make(options: dict[str, Any] | None = None, **recipe: Any) -> Any:
+    def make(options: dict[str, Any] | None = None, model: Path = model_dir, **recipe: Any) -> Any:
         plain = {
             **{"steps": 100, "prompts_per_step": 2, "updates_per_step": 1, "passes": 1, "max_staleness": 1},
             **{"checkpoint_every": 100, "keep": 1, "advantage": "grpo", "correction": {"truncate_tokens": {}}},
             **{"kl": {"coef": 0.0, "estimator": "k3", "into": "loss"}, "dynamic_sampling": False},
             **{"overlong": {"buffer": 0, "penalty": 1.0, "masked": False}, "shuffled": False, "seed": 0},
-            **{"max_tokens": MAX_TOKENS, "weights": "host", "adapter": False},
+            **{"max_tokens": MAX_TOKENS, "weights": "host", "adapter": False, "credit_calls": 0.0},
         }
         made.append(
             Rank(
@@ -69,7 +72,7 @@ def rank(store: Store, model_dir: Path, tmp_path: Path) -> Iterator[Callable[...
                 1,
                 LocalStore(store),
                 None,
-                model=str(model_dir),
+                model=str(model),
                 options={"lr": 1e-3, "correction": {"truncate_tokens": {}}, "max_tokens": MAX_TOKENS} | (options or {}),
                 recipe=plain | recipe,
                 checkpoints=f"{tmp_path}/checkpoints",
@@ -92,9 +95,11 @@ def put(store: Store, group: str, *samples: dict[str, Any]) -> None:
         name, n = f"{group}/{i}", sample.get("tokens", 3)
         tokens = {"prompt_ids": [1, 2], "token_ids": list(range(4, 4 + n)), "versions": [0] * n, "mask": [1] * n}
         tokens |= {"logprobs": sample.get("logprobs", [-4.0] * n), "finish": sample.get("finish", "stop")}
+        tokens |= sample.get("generated", {})
         store.put("generated", row("generated", name, **tokens))
-        store.put("rendered", row("rendered", name))
-        store.put("scored", row("scored", name, reward=sample.get("reward", 0.1 * i), components=[]))
+        store.put("rendered", row("rendered", name, calls=sample.get("calls", [])))
+        parts = sample.get("components", [])
+        store.put("scored", row("scored", name, reward=sample.get("reward", 0.1 * i), components=parts))
 
 
 def ends(store: Store) -> dict[str, tuple[str, str]]:
@@ -197,3 +202,26 @@ def test_a_kl_to_the_reference_is_charged_where_the_recipe_says(
     first, second = learner.history(0)
     assert first["kl_reference"] == pytest.approx(0.0, abs=1e-6)
     assert second["kl_reference"] > 1e-5
+
+
+def test_the_tokens_of_a_tag_are_credited_with_what_its_call_was_worth(
+    store: Store, rank: Callable[..., Any], model_dir: Path, tmp_path: Path
+) -> None:
+    text = "See <imgen>{}</imgen> there."
+    tokenizer = train_tokenizer([text] * 9, 300)
+    shutil.copytree(model_dir, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    n, call = len(ids), {"start": 4, "end": 21, "source": "code", "params": "{}", "status": "ok"}
+    tokens = {"token_ids": ids, "text": text, "versions": [0] * n, "mask": [1] * n, "logprobs": [-4.0] * n}
+    answers = [{"generated": tokens, "calls": [call], "components": [("call/0", s)]} for s in (1.0, 0.5)]
+    put(store, "a", *answers, {})
+    learner = rank(prompts_per_step=1, credit_calls=0.5, model=tmp_path / "model")
+    plan, _, stats = learner._plan()
+    credit = learner._credit(plan, learner._read(plan))
+    assert credit.keys() == {"a/0", "a/1"}  # the third has no call
+    tag = credit["a/0"] != 0
+    assert tokenizer.decode([i for i, of in zip(ids, tag, strict=True) if of]).strip() == "<imgen>{}</imgen>"
+    np.testing.assert_allclose(credit["a/0"][tag], 0.5 * 0.25)
+    np.testing.assert_allclose(credit["a/1"], -credit["a/0"])
+    assert "reward/call/0" not in stats

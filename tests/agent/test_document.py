@@ -99,6 +99,35 @@ def test_a_picture_stands_where_its_tag_stood_with_caption_and_provenance() -> N
     assert out.index("Before.") < out.index("<figure>") < out.index("After.")
 
 
+def test_a_caption_says_who_made_the_picture_with_what_from_where_and_under_which_licence() -> None:
+    found = {
+        "maker": "commons",
+        "title": "Red <square>",
+        "author": "A. & B.",
+        "licence": "CC BY 4.0",
+        "page": "https://example.org/p",
+        "url": "https://example.org/r.png",
+        "source": "example.org",
+    }
+    link = '<a href="https://example.org/p" rel="noopener noreferrer nofollow">Red &lt;square&gt;</a>'
+    facts = f"{link} by A. &amp; B. · example.org · CC BY 4.0"
+    assert f"<small>search: commons · {facts}</small>" in html(TAG, provenance=found)
+    edited = {"maker": "pillow", "origins": [found, {"given": 1}, {"maker": "diffusers", "model": "flux"}]}
+    lines = ["search: pillow", f"from commons · {facts}", "from picture 2 given with the question"]
+    lines.append("from diffusers: flux")
+    assert "".join(f"<small>{line}</small>" for line in lines) in html(TAG, provenance=edited)
+
+
+def test_every_picture_of_a_search_has_its_own_line() -> None:
+    out = html(TAG, provenance={"title": "One", "others": [{"title": "Two", "licence": "CC0"}]})
+    assert "<small>search · One</small><small>search · Two · CC0</small>" in out
+
+
+@pytest.mark.parametrize("odd", [7, "text", [7, None], {"title": "x"}, [{"page": "javascript:x", "given": "no"}]])
+def test_odd_provenance_of_a_foreign_tool_breaks_nothing(odd: object) -> None:
+    html(TAG, provenance={"others": odd, "origins": odd, "title": odd, "page": odd, "given": odd})
+
+
 def test_a_call_that_made_several_pictures_shows_them_all_under_one_caption() -> None:
     out = html(TAG, blobs=(RED, picture("blue", "JPEG"), picture("green", "WEBP")))
     assert (out.count("<img"), out.count("<figure>"), out.count("<figcaption")) == (3, 1, 1)

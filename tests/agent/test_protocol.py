@@ -466,3 +466,59 @@ def test_a_formatted_call_is_the_published_form() -> None:
 def test_a_parameter_that_would_not_read_back_is_not_written(value) -> None:
     with pytest.raises(ValueError, match="'img_index' must be text or an integer"):
         format_call("edit", "d", {"img_index": value, "prompt": "p"})
+
+
+# Lists of pictures
+
+MANY = {"blend": ToolSpec("blend", {"img_index": list[int], "prompt": str}, "mix", image_params=("img_index",))}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("[0, 2]", [0, 2]), ("[ 1 ,\n+2, ]", [1, 2]), ("[0]", [0]), ("1", [1]), ("'1'", [1]), ("[1,1]", [1, 1])],
+)
+@pytest.mark.parametrize("prompt", ["'p'", "'it's'"])
+def test_a_list_parameter_takes_one_index_or_several(written: str, read: list[int], prompt: str) -> None:
+    body = f"{{'source': 'blend', 'description': 'd', 'params': {{'img_index': {written}, 'prompt': {prompt}}}}}"
+    (segment,) = parse(tag(body), MANY)
+    assert isinstance(segment, Call) and segment.params["img_index"] == read
+    assert MANY["blend"].pictures(segment.params) == read
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ("[]", "'img_index' is empty"),
+        ("[,]", "has no value that can be read"),
+        ("[0, 'a']", "has no value that can be read"),
+        ("[0 1]", "has no value that can be read"),
+        ("[[0]]", "has no value that can be read"),
+        ("[0, 1", "has no value that can be read"),
+        ("'a'", "must be an integer"),
+    ],
+)
+def test_what_is_no_list_of_integers_is_refused(written: str, reason: str) -> None:
+    body = f"{{'source': 'blend', 'description': 'd', 'params': {{'img_index': {written}, 'prompt': 'p'}}}}"
+    (segment,) = parse(tag(body), MANY)
+    assert isinstance(segment, Invalid) and reason in segment.reason
+
+
+def test_a_list_is_no_text_and_no_single_index() -> None:
+    refused = invalid("{'source': 'edit', 'description': 'd', 'params': {'img_index': [0], 'prompt': 'p'}}")
+    assert refused.reason == "'img_index' must be an integer"
+    assert (
+        invalid("{'source': 'search', 'description': 'd', 'params': {'query': [0]}}").reason == "'query' must be text"
+    )
+
+
+@pytest.mark.parametrize(("indices", "expected"), [([0, 1], "C"), ([0, 2], "I"), ([-1], "I"), ([1, 0, 1], "C")])
+def test_every_index_of_a_list_must_point_backwards(indices: list[int], expected: str) -> None:
+    written = format_call("blend", "d", {"img_index": indices, "prompt": "p"})
+    assert kinds(check_references(parse(written, MANY), 2, MANY)) == expected
+
+
+def test_a_long_list_takes_no_quadratic_time() -> None:
+    started = time.process_time()
+    for end in ("]", "x", ""):
+        parse(tag(f"{{'source': 'blend', 'params': {{'img_index': [{'1, ' * 60_000}{end}"), MANY)
+    assert time.process_time() - started < 2

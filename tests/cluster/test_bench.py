@@ -25,7 +25,7 @@ def test_an_unknown_benchmark_names_those_that_exist_wherever_the_command_is_run
     llmi = Path(sys.executable).with_name("llmi")
     done = subprocess.run([llmi, "bench", "rolout"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
-    assert done.stderr.startswith("llmi: no benchmark 'rolout'; there are overlap, replay, rollout, ")
+    assert done.stderr.startswith("llmi: no benchmark 'rolout'; there are judges, overlap, replay, ")
 
 
 def test_a_benchmark_runs_in_a_folder_of_its_own_and_its_numbers_come_with_the_machine(

@@ -1,11 +1,12 @@
 """The config is validated whole, and says what is wrong in one line."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cluster.config import Config, ConfigError, load
+from cluster.config import Config, ConfigError, load, scores_calls
 
 GOOD = """
 name: x
@@ -133,3 +134,34 @@ def test_the_run_folder_is_absolute(path: Path) -> None:
 @pytest.mark.parametrize("example", sorted(p.name for p in Path("examples").glob("*.yaml")))
 def test_every_example_is_valid(example: str) -> None:
     assert isinstance(load(Path("examples") / example), Config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward.terms={ruel: {weight: 1}}", "unknown component 'ruel'; did you mean 'rule'"),
+        ("reward.terms={rule: {weight: .nan}}", "component 'rule' has the weight nan"),
+        ("reward.terms={rule: {weight: 1, gates: {beauty: 0}}}", "unknown gate of component 'rule': 'beauty'"),
+        ("reward.terms={rule: {weight: 1, gate: {fit: 0}}}", "unknown key 'reward.terms.rule.gate'"),
+        ("learner.credit_calls=.nan", "learner.credit_calls"),
+        (
+            "reward={kind: default, shuffled: true, terms: {r_llm: {weight: 1, gates: {images: 0}}}}",
+            "is not from 0 to 1",
+        ),
+    ],
+)
+def test_a_reward_that_cannot_be_summed_is_refused(path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(path, [override])
+
+
+def test_single_calls_are_scored_only_where_somebody_reads_it(path: Path) -> None:
+    assert not scores_calls(load(path))
+    assert scores_calls(load(path, ["learner.credit_calls=0.5"]))
+    assert scores_calls(load(path, ["reward.terms={rule: {weight: 1, gates: {process: 0}}}"]))
+
+
+def test_a_control_with_shuffled_rewards_credits_no_calls(path: Path) -> None:
+    assert load(path, ["reward.shuffled=true"]).reward.shuffled
+    with pytest.raises(ConfigError, match=r"a control has learner\.credit_calls 0"):
+        load(path, ["reward.shuffled=true", "learner.credit_calls=0.1"])

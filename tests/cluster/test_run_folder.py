@@ -143,10 +143,11 @@ def first_connection() -> Iterator[None]:
     ("changed", "run_dir", "line"),
     [
         ({}, "s3://nowhere/runs", "llmi: there is no bucket nowhere; make it first"),
-        (
+        pytest.param(
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
             "s3://runs",
             "llmi: reaching s3://runs/tiny failed: EndpointConnectionError: Could not connect to the endpoint URL:",
+            marks=pytest.mark.slow,  # it is tried for a while
         ),
         (
             {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},

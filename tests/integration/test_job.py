@@ -34,6 +34,7 @@ SMALL = (
 
 
 @pytest.mark.integration
+@pytest.mark.slow  # a minute and a half
 @pytest.mark.timeout(600)
 def test_a_run_submitted_as_a_ray_job_succeeds_and_leaves_its_run_folder(tmp_path: Path) -> None:
     train = ["llmi", "train", "examples/tiny.yaml", "name=job", f"run_dir={tmp_path}", *SMALL]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from PIL import Image
 
@@ -31,6 +32,17 @@ TEXT = "\n".join(
         "That is all.",
     ]
 )
+
+#: Kills the agent when it is told a line.
+KILL_AGENT = """
+import ray
+ray.init(log_to_driver=False)
+(name,) = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if "agent-served" in a["name"]]
+agent = ray.get_actor(name, namespace="serve")
+print("found", flush=True)
+input()
+ray.kill(agent)
+"""
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -102,26 +114,66 @@ def test_a_prompt_is_answered_with_a_document_and_its_pictures(service: Service)
     assert "Japan" in search["provenance"]["title"] and search["provenance"]["licence"]
     assert set(document["images"]) == {*code["images"], *search["images"]}
     for url in document["images"].values():
-        data = base64.b64decode(url.removeprefix("data:image/png;base64,"), validate=True)
+        data = httpx.get(f"{service.url}{url}", timeout=30, trust_env=False).content
         assert Image.open(io.BytesIO(data)).width > 50
-        assert url in document["html"]
+        assert url in document["markdown"]
 
 
 def test_it_says_that_it_is_well(service: Service) -> None:
     response = httpx.get(f"{service.url}/healthz", timeout=30, trust_env=False)
     assert (response.status_code, response.json()["status"]) == (200, "ok")
-    assert response.json()["tools"] == ["code", "search"]
+    ready = httpx.get(f"{service.url}/readyz", timeout=30, trust_env=False)
+    assert (ready.status_code, ready.json()["models"]) == (200, ["served"])
+
+
+def test_the_openai_client_streams_a_document(service: Service) -> None:
+    ai = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none is needed")
+    chunks = list(
+        ai.chat.completions.create(
+            model="served", messages=[{"role": "user", "content": QUESTION}], seed=1, stream=True
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text.count("](http") >= 2 and "That is all." in text and chunks[-1].choices[0].finish_reason == "stop"
+    assert len(chunks) > 4
+
+
+def test_a_client_that_leaves_in_the_middle_takes_its_document_along(service: Service) -> None:
+    with httpx.stream("POST", f"{service.url}/v1/documents", json={"prompt": QUESTION, "stream": True}) as response:
+        identity = json.loads(next(line for line in response.iter_lines() if line[:5] == "data:")[5:])["id"]
+    deadline = time.monotonic() + 30
+    while (row := httpx.get(f"{service.url}/v1/documents/{identity}", trust_env=False)).json()["status"] == "writing":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert row.json()["status"] in ("cancelled", "done")  # done, where all was written before the client was gone
+
+
+@pytest.mark.slow  # another engine has to start
+def test_a_worker_killed_in_mid_document_is_replaced_and_the_client_sees_one_answer(
+    service: Service, head: Head
+) -> None:
+    command, body = [sys.executable, "-c", KILL_AGENT], {"prompt": QUESTION, "stream": True, "seed": 1}
+    with subprocess.Popen(command, env=head.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as killer:
+        assert killer.stdout is not None and killer.stdout.readline() == "found\n"
+        with httpx.stream("POST", f"{service.url}/v1/documents", json=body, timeout=200, trust_env=False) as response:
+            lines = response.iter_lines()
+            while not next(lines).startswith("event: text"):
+                pass
+            killer.communicate("now\n", timeout=60)
+            rest = [json.loads(line[5:]) for line in lines if line.startswith("data:")]
+    assert rest[-1]["status"] == "done" and rest[-1]["text"] == TEXT
+    assert sorted(row["index"] for row in rest if "urls" in row) == [0, 1]
 
 
 def test_a_body_that_cannot_be_answered_is_refused_in_one_line(service: Service) -> None:
     too_long = "word " * 400
     for body, reason in (
-        ({}, "body.prompt: Field required"),
-        ({"prompt": QUESTION, "images": ["no picture"]}, "body.images.0: this is no PNG"),
+        ({}, "prompt: Field required"),
+        ({"prompt": QUESTION, "images": ["no picture"]}, "images.0: neither http(s)"),
         ({"prompt": too_long}, "prompt: This model's maximum context length is 256 tokens"),
     ):
         response = service.ask(**body)
-        assert response.status_code == 422 and reason in response.json()["detail"], response.text
+        assert response.status_code == 422 and reason in response.json()["error"]["message"], response.text
 
 
 def test_a_tool_that_is_down_costs_its_picture_but_not_the_text(service: Service, head: Head) -> None:
@@ -131,7 +183,7 @@ def test_a_tool_that_is_down_costs_its_picture_but_not_the_text(service: Service
     code, search = document["calls"]
     assert code["status"] == "ok" and list(document["images"]) == code["images"]
     assert search["status"] == "failed" and search["reason"].startswith("tool 'search' ")
-    assert "No picture: the flag of Japan" in document["html"]
+    assert "No picture: the flag of Japan" in document["markdown"]
 
 
 def test_ctrl_c_ends_it_and_takes_its_applications_down(service: Service, head: Head) -> None:

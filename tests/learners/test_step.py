@@ -107,6 +107,16 @@ def test_advantages_of_tokens_reach_the_tokens_that_are_charged(learner: Make, n
     assert sum(s.charged * advantages[n] for n, s in named.items()) == pytest.approx(0.0, abs=1e-9)
 
 
+def test_credit_is_added_to_the_advantage_of_charged_tokens(learner: Make, named: dict[str, Sample]) -> None:
+    credit = {"g0/0": np.arange(16.0), "g2/1": np.full(3, -0.5)}
+    _, plain = take_step(learner(), plan_of(named), named, Recipe("grpo"))
+    _, advantages = take_step(learner(), plan_of(named), named, Recipe("grpo"), credit)
+    assert advantages == plain
+    for name, sample in named.items():
+        expected = sample.mask * (advantages[name] + credit.get(name, 0.0))
+        np.testing.assert_allclose(np.asarray(sample.advantage), expected)
+
+
 def test_samples_without_weight_are_compared_with_but_not_learnt_from(learner: Make, named: dict[str, Sample]) -> None:
     plan = plan_of(named, without_weight={"g0/0", "g2/1"})
     metrics, advantages = take_step(learner(), plan, named, Recipe("grpo"))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards.base import CallOutcome, JudgeFailed, Rendered, Verdict
-from rewards.hybrid import IMAGE_CRITERIA, KINDS, score
+from rewards.components import KINDS
+from rewards.hybrid import IMAGE_CRITERIA, score
 from rewards.judges.rubric import RubricImageJudge, RubricTextJudge
 from tests.rewards.drafts import CAT, GOLD, judged
 
@@ -179,6 +180,8 @@ def test_components_name_everything_that_the_sums_are_made_of() -> None:
             "text_image_relevance": 4,
             "r_llm": 0.675,
             "r_mllm": 0.5,
+            "r_mllm_published": 0.5,
+            "missed": 0.0,
             "r_tool": 1.0,
             "coverage": 1.0,
             "precision": 0.5,
@@ -209,7 +212,7 @@ documents = st.builds(
 
 
 @settings(deadline=None)
-@given(documents, marks, marks, st.tuples(marks, marks, marks), st.sampled_from(KINDS), st.booleans())
+@given(documents, marks, marks, st.tuples(marks, marks, marks), st.sampled_from(sorted(KINDS)), st.booleans())
 def test_rewards_lie_in_0_to_1(
     case: Rendered, t: float, i: float, m: tuple[float, float, float], kind: str, multimodal: bool
 ) -> None:
@@ -220,7 +223,9 @@ def test_rewards_lie_in_0_to_1(
 
 
 @settings(deadline=None)
-@given(documents, st.tuples(marks, marks, marks, marks, marks), st.integers(0, 4), marks, st.sampled_from(KINDS))
+@given(
+    documents, st.tuples(marks, marks, marks, marks, marks), st.integers(0, 4), marks, st.sampled_from(sorted(KINDS))
+)
 def test_no_better_mark_of_a_judge_lowers_a_reward(
     case: Rendered, low: tuple[float, ...], place: int, mark: float, kind: str
 ) -> None:

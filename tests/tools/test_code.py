@@ -1,5 +1,6 @@
 import io
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -15,11 +16,11 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import font_manager
 from PIL import Image
 
 from tools.base import CallFailed, ToolResult, load
 from tools.code import CodeTool, parse
-from tools.jail import landlock_abi
 
 ROOT = Path(__file__).parents[2]
 BAR = "plt.bar(['a', 'b', 'c'], [1, 2, 3])\nplt.title('Sales')\nplt.xlabel('product')"
@@ -71,7 +72,7 @@ def zygote(tool: CodeTool) -> psutil.Process:
 def test_a_chart_comes_back_as_one_png_of_the_default_size(bar):
     assert len(bar.images) == 1 and bar.images[0].mime == "image/png"
     assert size(bar) == (345, 230)
-    assert bar.provenance == {"figures": 1}
+    assert bar.provenance == {"maker": "matplotlib", "figures": 1}
 
 
 def test_the_same_code_gives_the_same_bytes_without_metadata(tool, bar):
@@ -115,12 +116,12 @@ def test_ordinary_code_draws(tool, code):
 def test_all_figures_come_back_in_the_order_of_their_numbers(tool):
     result = run(tool, "for n in (3, 1, 2):\n    plt.figure(n, figsize=(n, 1))")
     assert [size(result, i)[0] for i in range(3)] == [72, 144, 216]
-    assert result.provenance == {"figures": 3}
+    assert result.provenance["figures"] == 3
 
 
 def test_of_too_many_figures_the_first_ones_come_back(tool):
     result = run(tool, "for n in range(11):\n    plt.figure(figsize=(1, 1))")
-    assert len(result.images) == 8 and result.provenance == {"figures": 8, "left_out": 3}
+    assert len(result.images) == 8 and (result.provenance["figures"], result.provenance["left_out"]) == (8, 3)
 
 
 def test_labels_beyond_the_edge_are_not_cut_off(tool):
@@ -169,11 +170,19 @@ def test_code_that_fails_is_told_its_line_and_why(tool, bar, code, expected):
 
 
 OUTSIDE_ITS_FOLDER = [
-    ("open('/etc/passwd')", "line 1: PermissionError"),
-    ("import os\nopen(f'/proc/{os.getppid()}/environ')", "line 2: PermissionError"),
-    ("import os\nopen(os.__file__, 'a')", "line 2: PermissionError"),
-    ("import os\nos.rename('/etc/hostname', 'mine')", "line 2: PermissionError"),
+    "open('/etc/passwd')",
+    "import os\nopen(f'/proc/{os.getppid()}/environ')",
+    "import os\nopen(os.__file__, 'a')",
+    "import os\nos.rename('/etc/hostname', 'mine')",
+    "open('/mine', 'w')",
 ]
+
+
+@pytest.mark.parametrize("code", OUTSIDE_ITS_FOLDER)
+def test_files_outside_its_folder_are_out_of_reach(tool, bar, code):
+    told = reason(tool, code)
+    assert re.search("PermissionError|FileNotFoundError|Read-only file system|Invalid cross-device link", told), told
+    assert run(tool, BAR).images == bar.images
 
 
 @pytest.mark.parametrize(
@@ -190,12 +199,11 @@ OUTSIDE_ITS_FOLDER = [
         ("import os\nos.kill(os.getppid(), 9)", "line 2: PermissionError"),
         ("import os\nos.kill(-1, 9)", "line 2: PermissionError"),
         ("import signal\nsignal.raise_signal(signal.SIGKILL)", "line 2: PermissionError"),
-        *(OUTSIDE_ITS_FOLDER if landlock_abi() else []),
         ("import os\nos.chmod(os.__file__, 0)", "line 2: PermissionError"),
         ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "line 2: ValueError"),
         ("import os\nos._exit(3)", "ended its process (exit status 3)"),
         ("import os\nos._exit(0)", "ended its process (exit status 0)"),
-        ("import os\nos.abort()", "ended by a signal (Aborted)"),
+        ("import os\nos.abort()", "ended by a signal"),  # the first of a process namespace aborts with another
         ("import ctypes\nctypes.string_at(0)", "ended by a signal (Segmentation fault)"),
         ("import os\nos.closerange(0, 256)\nplt.plot([1])", "ended its process"),
         ("import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'rubbish')\n    except OSError: pass", "channel"),
@@ -216,7 +224,7 @@ def test_hostile_code_fails_alone(tool, bar, code, expected):
         "import time\nwhile True:\n    try: time.sleep(60)\n    except BaseException: pass",
         "import os\nwhile True: os.write(1, b'x' * 65536)",
         "import signal, time\nfor s in (1, 2, 15, 24): signal.signal(s, signal.SIG_IGN)\ntime.sleep(60)",
-        "import signal\nsignal.raise_signal(signal.SIGSTOP)",
+        "import signal, time\nsignal.raise_signal(signal.SIGSTOP)\ntime.sleep(60)",
         "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\ntime.sleep(60)",
     ],
 )
@@ -262,14 +270,11 @@ def test_nothing_of_the_environment_reaches_the_code(tool):
 
 
 def test_each_call_has_an_empty_folder_that_is_deleted(tool):
-    where = reason(tool, "import os\nopen('left', 'w').write('x')\nprint(os.getcwd(), os.listdir())").split(
-        "it printed: "
-    )[1]
-    folder = Path(where.split()[0])
-    assert where.endswith("['left']") and folder.parent.exists() and not folder.exists()
+    for _ in range(2):
+        assert reason(tool, "import os\nopen('left', 'w').write('x')\nprint(os.listdir())").endswith("['left']")
     deep = "import os\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')"
     assert "drew no figure" in reason(tool, deep)
-    assert not [f for f in folder.parent.iterdir() if f.is_dir() and f.name.startswith("tmp")]
+    assert not list(Path(tool._sandbox._zygote.home, "calls").glob("*/*"))
 
 
 def test_calls_from_several_threads_run_at_the_same_time(impatient, bar):
@@ -294,12 +299,10 @@ def test_a_dead_zygote_is_infrastructure_and_the_next_call_works(impatient, bar)
     assert run(impatient, BAR).images == bar.images
 
 
-def test_a_zygote_that_cannot_start_is_infrastructure_with_its_reason(monkeypatch):
+def test_a_zygote_that_cannot_start_is_named_with_its_reason(monkeypatch):
     monkeypatch.setattr("tools.sandbox.sys.executable", "/usr/bin/false")
-    broken = CodeTool()
     with pytest.raises(RuntimeError, match="zygote did not start: it said nothing"):
-        run(broken, BAR)
-    broken.close()
+        CodeTool()
 
 
 def test_the_kernels_out_of_memory_killer_is_infrastructure(tool):
@@ -366,11 +369,55 @@ tool.run({"code": "while True: pass"})
 def test_frames_that_code_forged_are_read_or_refused(frames, rest):
     data = b"".join(struct.pack("!cI", kind, len(payload)) + payload for kind, payload in frames) + rest
     try:
-        figures, _, _ = parse(data)
+        answer = parse(data)
     except ValueError:
         return
-    assert figures == []
+    assert answer.figures == []
 
 
 def test_the_tool_is_found_by_name():
     assert load("code") is CodeTool and CodeTool.spec.name == "code"
+
+
+SCRIPTS = {
+    "Latin": "Größe, Łódź, Tiếng Việt",
+    "Greek": "Ελληνικά",
+    "Cyrillic": "Русский, українська",
+    "Chinese": "中文图表 繁體",
+    "Japanese": "日本語のグラフ",
+    "Korean": "한국어 차트",
+    "Arabic": "مخطط بياني",
+    "Hebrew": "תרשים",
+    "Devanagari": "हिन्दी चार्ट",
+    "Bengali": "বাংলা",
+    "Tamil": "தமிழ்",
+    "Thai": "แผนภูมิ",
+    "Georgian": "ქართული",
+    "Amharic": "አማርኛ",
+    "emoji": "😀 🚀",
+}
+
+
+def test_text_in_any_language_has_glyphs(tool):
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    wanted = ("Noto Sans Thai", "Droid Sans Fallback", "NanumGothic", "Symbola")
+    if missing := [name for name in wanted if name not in installed]:
+        pytest.skip(f"this machine has no {', '.join(missing)}; tools/fonts.py names the Debian packages")
+    for text in SCRIPTS.values():
+        result = run(tool, f"plt.bar([{text!r}, 'b'], [1, 2])\nplt.title({text!r})")
+        assert "warnings" not in result.provenance, (text, result.provenance)
+
+
+def test_a_text_without_glyphs_is_told(tool):
+    assert run(tool, "plt.plot([1])\nplt.title('\U00012000')").provenance["warnings"] == [
+        "no font here has \U00012000: use other characters"
+    ]
+
+
+def test_an_installation_behind_a_symbolic_link_is_readable(tmp_path: Path) -> None:
+    (tmp_path / "venv").symlink_to(sys.prefix)
+    call = "t.run({'code': 'plt.plot([1])'})"
+    script = f"from tools.code import CodeTool\nt = CodeTool()\nprint(len({call}.images))\nt.close()"
+    python = tmp_path / "venv/bin/python"
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "1\n", done.stderr

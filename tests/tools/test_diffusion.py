@@ -13,7 +13,9 @@ from PIL import Image
 from corpus.scenes import look
 from learners.scenes_diffusion import MAX_TOKENS, build_pipeline, build_tokenizer, main, measure
 from tools.base import CallFailed, load
-from tools.diffusion import SCENES, DiffusionTool, picture_seed
+from tools.diffusion import DiffusionTool
+from tools.drawing import picture_seed
+from tools.pipeline_files import SCENES
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / SCENES
@@ -180,6 +182,7 @@ def test_an_option_out_of_range_is_refused_before_anything_is_loaded(options):
         DiffusionTool("nothing", **options)
 
 
+@pytest.mark.slow
 def test_the_training_script_writes_a_pipeline_that_loads(tmp_path):
     command = [sys.executable, "-m", "learners.scenes_diffusion", str(tmp_path)]
     options = ["--minutes", "0.02", "--scenes", "8", "--prompts", "2"]

@@ -314,6 +314,16 @@ def test_pictures_that_cannot_be_read_fail(photo):
             EditTool().run({"img_index": 0, "prompt": "blur"}, [Blob(data)])
 
 
+def test_a_jpeg_that_asks_for_thousands_of_passes_fails_before_it_is_decoded():
+    buffer = io.BytesIO()
+    Image.new("RGB", (4000, 4000)).save(buffer, "JPEG", progressive=True)
+    data, last = buffer.getvalue(), buffer.getvalue().rindex(b"\xff\xda")
+    with pytest.raises(CallFailed, match="passes"):
+        EditTool().run(
+            {"img_index": 0, "prompt": "blur"}, [Blob(data[:-2] + data[last : last + 40] * 1000 + data[-2:])]
+        )
+
+
 @pytest.mark.parametrize("size", [(5001, 5000), (10000, 10000), (100000, 100000)])
 def test_too_large_pictures_fail_before_they_are_decoded(size):
     assert size[0] * size[1] > MAX_PIXELS
@@ -333,8 +343,9 @@ def test_the_same_call_gives_the_same_bytes_without_metadata(photo):
 def test_provenance_names_the_operations_and_the_original(photo):
     result = EditTool().run({"img_index": 0, "prompt": "grey, then a red border"}, [blob(photo)])
     assert json.loads(json.dumps(result.provenance)) == {
+        "maker": "pillow",
         "operations": [{"name": "greyscale"}, {"name": "border", "colour": [255, 0, 0]}],
-        "of": blob(photo).sha256,
+        "of": [blob(photo).sha256],
     }
 
 

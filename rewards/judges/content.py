@@ -1,0 +1,152 @@
+"""What a model judge is shown of a document: its words and pictures in their places, within limits, between marks.
+
+Nothing in a document can end the place that it stands in: the marks carry a hash of all that is between them, and
+what chat templates read as control tokens is defused. What the limits leave out is told in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from replay.record import Blob
+from rewards.base import CallOutcome, Rendered
+from tools.picture import Unreadable, decode, encode
+
+#: A piece of a message: words, or a picture at its place.
+Part = str | Blob
+
+#: What chat templates of the usual model families read as control tokens.
+_CONTROL = re.compile(
+    r"<\|[^<>\n]{1,60}\|>|<｜[^<>\n]{1,60}｜>|</?(?:s|bos|eos|pad|unk|think|image|start_of_turn|end_of_turn|"
+    r"start_of_image|end_of_image)>|\[/?(?:INST|SYSTEM_PROMPT|IMG|IMG_END|IMG_BREAK|AVAILABLE_TOOLS)\]|<</?SYS>>",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a judge is shown at most: characters of the request and of the answer each, pictures, pixels of a side."""
+
+    chars: int = 24_000
+    images: int = 10
+    side: int = 768
+
+
+def parts_of(doc: Rendered, reads: str, limits: Limits) -> list[Part]:
+    """The user message of a document; `reads` is `Rubric.reads`."""
+    pictures = _Pictures(limits)
+    request: list[Part] = [_cut(doc.question, limits.chars)]
+    if reads == "document":
+        for blob in doc.given:
+            request += pictures.show("a picture of the user", blob)
+    elif doc.given:
+        request.append(f"\n[the user gave {len(doc.given)} pictures, which you are not shown]")
+    answer = _answer(doc, reads, limits, pictures)
+    if not doc.finished:
+        answer.append("\n[the answer breaks off here: it reached its longest length]")
+    request, answer = _joined(request), _joined(answer)
+    mark = _mark([*request, *answer])
+    return _joined(
+        [
+            f"The request stands between the marks request-{mark}, the answer between answer-{mark}.\n\n",
+            f"request-{mark}\n",
+            *request,
+            f"\nrequest-{mark}\n\nanswer-{mark}\n",
+            *answer,
+            f"\nanswer-{mark}\n\nGrade the answer, as the rubric says, with one JSON object.",
+        ]
+    )
+
+
+class _Pictures:
+    """Counts the pictures that are shown, and says of those that are not."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._shown = limits, 0
+
+    def show(self, what: str, blob: Blob | None) -> list[Part]:
+        if blob is None:
+            return [f"\n[{what}: it is missing]\n"]
+        if self._shown >= self._limits.images:
+            return [f"\n[{what}: left out, since you are shown {self._limits.images} pictures at most]\n"]
+        try:
+            small = shrunk(blob, self._limits.side)
+        except Unreadable as error:
+            return [f"\n[{what}: it cannot be opened: {_defused(str(error))}]\n"]
+        self._shown += 1
+        return [f"\n[{what}]\n", small, "\n"]
+
+
+def shrunk(blob: Blob, side: int) -> Blob:
+    """The picture with its longer side at most `side` pixels. Raises Unreadable."""
+    image = decode(blob.data)
+    if max(image.size) <= side:
+        return blob
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return Blob(encode(image))
+
+
+def as_pillow(blob: Blob) -> Image.Image:
+    """The picture as engines take it."""
+    with Image.open(io.BytesIO(blob.data)) as image:
+        return image.convert("RGB")
+
+
+def _answer(doc: Rendered, reads: str, limits: Limits, pictures: _Pictures) -> list[Part]:
+    if reads == "tags":
+        return [_cut(doc.text, limits.chars)]
+    out: list[Part] = []
+    at, left = 0, limits.chars
+    for call in sorted(doc.calls, key=lambda c: c.start):
+        prose = doc.text[at : max(at, call.start)]
+        out += [_cut(prose, max(0, left)), *_call(doc, call, reads, pictures)]
+        left -= len(prose)
+        at = max(at, call.end)
+    return [*out, _cut(doc.text[at:], max(0, left))]
+
+
+def _call(doc: Rendered, call: CallOutcome, reads: str, pictures: _Pictures) -> list[Part]:
+    what = f"picture of {_cut(call.source, 40)}: {_cut(call.description, 300)}"
+    if call.status != "ok":
+        return [f"\n[{what}: there is none, the call {call.status}]\n"]
+    if reads == "text":
+        return [f"\n[{what}]\n"]
+    return [part for sha256 in call.images for part in pictures.show(what, doc.blobs.get(sha256))]
+
+
+def _cut(text: str, most: int) -> str:
+    """Defused, and its middle left out if it is longer than `most` characters."""
+    if len(text) > most:
+        half = most // 2
+        told = f"[{len(text) - 2 * half} characters are left out here]"
+        text = f"{text[:half]} {told} {text[len(text) - half :]}"
+    return _defused(text)
+
+
+def _defused(text: str) -> str:
+    return _CONTROL.sub(lambda found: found[0][0] + " " + found[0][1:], text)
+
+
+def _mark(parts: Sequence[Part]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "replace") if isinstance(part, str) else part.data)
+        digest.update(b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Neighbouring words as one part."""
+    out: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and out and isinstance(out[-1], str):
+            out[-1] += part
+        elif part:
+            out.append(part)
+    return out
