@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import random
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ TRIES = 3  # of a call, for infrastructure failures only
 LONGEST_PAUSE_S = 2.0  # before a call that was refused is tried again
 HUNG = 2.0  # times as long as anybody waits for a call: then its thread has hung
 CHECK_S = 30.0  # a tool's own check
+IN_TIME = 0.9  # share of a caller's time after which a judge answers with what it has
 
 
 class Outage(Exception):
@@ -177,19 +179,32 @@ class JudgeServer:
         judge: `module:class`.
         options: its keyword options.
         concurrency: documents that are judged at once, of whatever batch.
+        timeout_s: seconds that a caller waits for a batch.
     """
 
-    def __init__(self, judge: str, options: Mapping[str, Any], concurrency: int) -> None:
+    def __init__(self, judge: str, options: Mapping[str, Any], concurrency: int, timeout_s: float) -> None:
         module, _, cls = judge.partition(":")
         self._judge = getattr(__import__(module, fromlist=[cls]), cls)(**options)
+        self._concurrency, self._timeout_s = concurrency, timeout_s
         self._threads = ThreadPoolExecutor(concurrency)
+        self._busy_since: dict[int, float] = {}
 
     async def judge(self, docs: list[Rendered]) -> list[Verdict | str]:
-        """A verdict a document, or why there is none."""
-        return list(await asyncio.gather(*(_in_thread(self._threads, self._one, doc) for doc in docs)))
+        """A verdict a document, or why there is none; a slow one does not keep the others of its batch back."""
+        found = [asyncio.create_task(_in_thread(self._threads, self._one, doc)) for doc in docs]
+        patience = IN_TIME * self._timeout_s
+        if found:
+            await asyncio.wait(found, timeout=patience)
+        late = [task for task in found if not task.done()]
+        for task in late:
+            task.cancel()
+        return [f"the judge did not answer in {patience:g} s" if task in late else task.result() for task in found]
 
     async def check_health(self) -> None:
-        """Serve replaces this replica when it raises: the judge's engine is dead."""
+        """Serve replaces this replica when it raises: the judge's engine is dead, or all of its threads hang."""
+        busy = self._busy_since.values()
+        if len(busy) == self._concurrency and time.monotonic() - max(busy) > HUNG * self._timeout_s:
+            raise RuntimeError(f"all verdicts of the judge have hung for {HUNG * self._timeout_s:g} s")
         if hasattr(self._judge, "check"):
             self._judge.check()
 
@@ -200,12 +215,15 @@ class JudgeServer:
             close()
 
     def _one(self, doc: Rendered) -> Verdict | str:
+        self._busy_since[threading.get_ident()] = time.monotonic()
         try:
             return self._judge.judge(doc)
         except JudgeFailed as failed:
             return str(failed) or "the judge gave no reason"
         except Exception as error:  # one document must not take the others of its batch with it
             return f"the judge broke: {type(error).__name__}: {error}"
+        finally:
+            del self._busy_since[threading.get_ident()]
 
 
 class _Client:

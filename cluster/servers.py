@@ -80,7 +80,9 @@ def autoscaling(scale: Autoscaling) -> dict[str, Any]:
 
 def _judge(pool: JudgePool) -> Any:
     server: Any = JudgeServer
-    return server.options(num_replicas=pool.replicas, **_shared(pool)).bind(pool.judge, pool.options, pool.concurrency)
+    return server.options(num_replicas=pool.replicas, **_shared(pool)).bind(
+        pool.judge, pool.options, pool.concurrency, pool.timeout_s
+    )
 
 
 def _shared(pool: ToolPool | JudgePool) -> dict[str, Any]:

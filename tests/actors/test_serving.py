@@ -48,7 +48,7 @@ async def test_a_tool_takes_as_many_calls_at_once_as_it_should(monkeypatch: pyte
 
 
 async def test_the_documents_of_a_batch_are_judged_at_once_and_in_their_order() -> None:
-    server = inside(serving.JudgeServer)(f"{__name__}:Together", {}, AT_ONCE)
+    server = inside(serving.JudgeServer)(f"{__name__}:Together", {}, AT_ONCE, 30.0)
     docs = [Rendered("q", "t", [], image_num=k, tools=()) for k in range(AT_ONCE)]
     verdicts = await server.judge(docs)
     assert [v.scores["text"] for v in verdicts] == list(range(AT_ONCE))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.seen.append(request)
-            behaviour = self.server.behaviours.pop(0) if self.server.behaviours else Handler.good
+            behaviour = self.server.behaviours.pop(0) if self.server.behaviours else self.server.mood(request)
         self.request_body = request
         try:
             behaviour(self)
@@ -63,7 +64,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class JudgeService(ThreadingHTTPServer):
-    """Takes `behaviours` one a request, and is good once there are none left; `seen` are the requests."""
+    """Takes `behaviours` one a request; after them it behaves as a document asks for with "mood: NAME", else well.
+
+    Attributes:
+        seen: the requests.
+    """
 
     daemon_threads = True
 
@@ -74,6 +79,10 @@ class JudgeService(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def mood(self, request: dict[str, Any]) -> Misbehaviour:
+        asked = json.dumps(request["messages"][1:])
+        return next((do for name, do in MOODS.items() if f"mood: {name}." in asked), Handler.good)
 
 
 def verdict(names: list[str], score: Any, reason: str = "fine") -> str:
@@ -94,3 +103,28 @@ def sleeps(seconds: float) -> Misbehaviour:
         handler.good()
 
     return behave
+
+
+def half(handler: Handler) -> None:
+    handler.say(verdict(handler.names(), 4)[:-10])
+
+
+def out_of_range(handler: Handler) -> None:
+    handler.say(verdict(handler.names(), 9))
+
+
+def hangs_up(handler: Handler) -> None:
+    handler.close_connection = True
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+#: All ways in which a judge gives no verdict, and never will.
+MOODS: dict[str, Misbehaviour] = {
+    "talks": says("I would say that this is a rather good answer: 5 out of 5."),
+    "range": out_of_range,
+    "foreign": says("Das ist eine sehr gute Antwort: fünf von fünf Punkten."),
+    "half": half,
+    "slow": sleeps(4.0),
+    "error": answers(500, {"error": {"message": "out of memory"}}),
+    "hangs up": hangs_up,
+}
