@@ -17,6 +17,10 @@ class Unreadable(JudgeFailed):
     """An answer came and cannot be read: another try may do better."""
 
 
+class TooLong(JudgeFailed):
+    """The prompt is longer than the model can read."""
+
+
 @dataclass(frozen=True)
 class Token:
     """A sampled token and the log-probs of the likeliest in its place, by text."""
@@ -31,6 +35,15 @@ class Answer:
 
     text: str
     tokens: Sequence[Token] = ()
+
+
+#: How vLLM, OpenAI and others say that a prompt is too long.
+_TOO_LONG = re.compile(r"context.?length|maximum model length|prompt is too long|too many tokens", re.IGNORECASE)
+
+
+def refused(why: str) -> JudgeFailed:
+    """The failure that a refusal's words mean."""
+    return TooLong(why) if _TOO_LONG.search(why) else JudgeFailed(why)
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -54,7 +67,7 @@ def read(answer: Answer, rubric: Rubric) -> Verdict:
         if not isinstance(reason, str):
             raise Unreadable(f"the judge's reason for {name!r} is no text")
         fine = _weighted(answer.tokens, places[name]) if _is_text(answer) else None
-        scores[name], reasons[name] = float(score) if fine is None else fine, reason
+        scores[name], reasons[name] = float(score) if fine is None else fine, reason.encode(errors="replace").decode()
     return Verdict(scores, reasons)
 
 

@@ -29,6 +29,12 @@ _CONTROL = re.compile(
 )
 
 
+#: Pictures of one call that are shown or told of one by one.
+_OF_A_CALL = 10
+#: Sides whose ratio is larger make a line; models refuse them.
+_NARROW = 100
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a judge is shown at most: characters of the request and of the answer each, pictures, pixels of a side."""
@@ -36,6 +42,10 @@ class Limits:
     chars: int = 24_000
     images: int = 10
     side: int = 768
+
+    def halved(self) -> Limits:
+        """Those of a document that is still too long for the model; sides stay as they are."""
+        return Limits(self.chars // 2, -(-self.images // 2), self.side)
 
 
 def parts_of(doc: Rendered, reads: str, limits: Limits) -> list[Part]:
@@ -86,6 +96,8 @@ class _Pictures:
 def shrunk(blob: Blob, side: int) -> Blob:
     """The picture with its longer side at most `side` pixels. Raises Unreadable."""
     image = decode(blob.data)
+    if max(image.size) > _NARROW * min(image.size):
+        raise Unreadable(f"it is a line of {image.width} x {image.height} pixels")
     if max(image.size) <= side:
         return blob
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -102,13 +114,27 @@ def _answer(doc: Rendered, reads: str, limits: Limits, pictures: _Pictures) -> l
     if reads == "tags":
         return [_cut(doc.text, limits.chars)]
     out: list[Part] = []
-    at, left = 0, limits.chars
-    for call in sorted(doc.calls, key=lambda c: c.start):
-        prose = doc.text[at : max(at, call.start)]
-        out += [_cut(prose, max(0, left)), *_call(doc, call, reads, pictures)]
+    at, left, told = 0, limits.chars, 0  # characters of prose that may come, and that were said of pictures
+    unread, unseen = 0, 0
+    for call in [*sorted(doc.calls, key=lambda c: c.start), None]:
+        prose = doc.text[at : max(at, call.start) if call else None]
+        if left > 0:
+            out.append(_cut(prose, left))
+        else:
+            unread += len(prose)
         left -= len(prose)
+        if call is None:
+            break
         at = max(at, call.end)
-    return [*out, _cut(doc.text[at:], max(0, left))]
+        if told < limits.chars:
+            shown = _call(doc, call, reads, pictures)
+            told += sum(len(part) for part in shown if isinstance(part, str))
+            out += shown
+        else:
+            unseen += 1
+    if unread or unseen:
+        out.append(f"\n[{unread} more characters and {unseen} more pictures are left out]\n")
+    return out
 
 
 def _call(doc: Rendered, call: CallOutcome, reads: str, pictures: _Pictures) -> list[Part]:
@@ -117,7 +143,10 @@ def _call(doc: Rendered, call: CallOutcome, reads: str, pictures: _Pictures) -> 
         return [f"\n[{what}: there is none, the call {call.status}]\n"]
     if reads == "text":
         return [f"\n[{what}]\n"]
-    return [part for sha256 in call.images for part in pictures.show(what, doc.blobs.get(sha256))]
+    out = [part for sha256 in call.images[:_OF_A_CALL] for part in pictures.show(what, doc.blobs.get(sha256))]
+    if len(call.images) > _OF_A_CALL:
+        out.append(f"\n[{len(call.images) - _OF_A_CALL} more pictures of this call are left out]\n")
+    return out
 
 
 def _cut(text: str, most: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from replay.record import Blob
 from rewards.base import JudgeFailed
-from rewards.judges.answers import Answer, Token, Unreadable
+from rewards.judges.answers import Answer, Token, Unreadable, refused
 from rewards.judges.model import Asked, Message
 from tools.base import CallFailed
 from tools.remote import Service, ServiceFailed
@@ -58,7 +58,7 @@ class Endpoint:
         try:
             return _answer(self._service.post("chat/completions", json=body))
         except (CallFailed, ServiceFailed) as error:
-            raise JudgeFailed(str(error)) from None
+            raise refused(str(error)) from None
 
     def check(self) -> None:
         """An endpoint that is down may come back."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from replay.folders import fetched
 from rewards.base import JudgeFailed
-from rewards.judges.answers import Answer, Token
+from rewards.judges.answers import Answer, Token, TooLong, refused
 from rewards.judges.content import as_pillow
 from rewards.judges.model import Asked, Message
 
@@ -41,7 +41,8 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         import torch
 
-        cpu = {"distributed_executor_backend": "uni", "enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}
+        executor = "mp" if options.get("tensor_parallel_size", 1) > 1 else "uni"
+        cpu = {"distributed_executor_backend": executor, "enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}
         cpu |= {"enable_chunked_prefill": False}  # a chunk of a seeded request ends in an error there
         ours = {"model": fetched(model), "enable_prefix_caching": True, "enable_log_requests": False}
         ours |= {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
@@ -53,7 +54,7 @@ class Engine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge engine", daemon=True)
         self._thread.start()
-        self._llm = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(START_S)
+        self._llm: Any = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(START_S)
         self._template = self._chat_template(str(self._options["model"]))
         self._control = sorted(self._llm.get_tokenizer().get_added_vocab(), key=len, reverse=True)
 
@@ -67,14 +68,22 @@ class Engine:
             raise JudgeFailed(f"the judge's engine did not answer in {self._timeout_s:g} s") from None
 
     def check(self) -> None:
-        if self._llm.errored:
-            raise RuntimeError("the judge's engine died")
+        if self._llm is None or self._llm.errored:
+            raise RuntimeError("the judge's engine died, or was closed")
 
     def close(self) -> None:
         if self._thread.is_alive():
-            self._llm.shutdown()
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(30)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(10)
+            self._llm = None
+
+    async def _end(self) -> None:
+        self._llm.shutdown()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _start(self) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -105,9 +114,11 @@ class Engine:
             raise JudgeFailed(f"the judge's engine did not answer in {self._timeout_s:g} s") from None
         except EngineDeadError:
             raise JudgeFailed("the judge's engine died") from None
-        except (ValueError, VLLMValidationError) as error:  # a prompt longer than the model's context
-            raise JudgeFailed(f"the judge's engine refused the prompt: {error}") from None
+        except (ValueError, VLLMValidationError) as error:
+            raise refused(f"the judge's engine refused the prompt: {error}") from None
         out = final.outputs[0]
+        if out.finish_reason == "length" and len(out.token_ids) < asked.max_tokens:
+            raise TooLong("the prompt left no room for the judge's answer in the model's context")
         tokens = [
             Token(place[token].decoded_token or "", {p.decoded_token or "": p.logprob for p in place.values()})
             for token, place in zip(out.token_ids, out.logprobs or (), strict=False)
@@ -117,9 +128,12 @@ class Engine:
     def _prompt(self, messages: Sequence[Message]) -> dict[str, Any]:
         chat = [{"role": m.role, "content": self._content(m)} for m in messages]
         template, made = self._template, {"tokenize": False, "add_generation_prompt": True}
-        prompt: dict[str, Any] = {"prompt": template.apply_chat_template(chat, **made)}
+        prompt = template.apply_chat_template(chat, **made)
         pictures = [as_pillow(part) for m in messages for part in m.parts if not isinstance(part, str)]
-        return prompt | ({"multi_modal_data": {"image": pictures}} if pictures else {})
+        if pictures:
+            return {"prompt": prompt, "multi_modal_data": {"image": pictures}}
+        # As ids, since a template has the tokens that a text begins with.
+        return {"prompt_token_ids": self._llm.get_tokenizer().encode(prompt, add_special_tokens=False)}
 
     def _content(self, message: Message) -> str | list[dict[str, str]]:
         if not self._sees:

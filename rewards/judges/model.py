@@ -15,13 +15,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from rewards.base import JudgeFailed, Rendered, Verdict
-from rewards.judges.answers import Answer, Unreadable, read
+from rewards.judges.answers import Answer, TooLong, Unreadable, read
 from rewards.judges.content import Limits, Part, parts_of
 from rewards.judges.rubrics import REASON, Rubric, load
 
+LEAST_CHARS = 500  # that a document is cut to, for a model that cannot read more
 TRIES = 2  # of a sample that cannot be read
 SAMPLED = 0.7  # temperature where samples must differ: several of them, and a second try
 
@@ -95,18 +97,33 @@ class ModelJudge:
         self._backend = _backend(engine, endpoint, self._limits.images if self.sees_images else 0)
 
     def judge(self, doc: Rendered) -> Verdict:
-        """Raises JudgeFailed."""
-        messages = self.build_messages(doc)
-        return self._verdicts.get(_key(messages), lambda: self._judged(messages))
+        """Score one document; one that is too long for the model is shown in part, and told so.
 
-    def build_messages(self, doc: Rendered) -> list[Message]:
+        Raises:
+            JudgeFailed: no usable verdict.
+        """
+        limits = self._limits
+        while True:
+            messages = self.build_messages(doc, limits)
+            try:
+                return self._verdicts.get(_key(messages), partial(self._judged, messages))
+            except TooLong:
+                if limits.chars < 2 * LEAST_CHARS:
+                    raise
+                limits = limits.halved()
+
+    def build_messages(self, doc: Rendered, limits: Limits) -> list[Message]:
         """The rubric, which is equal for all documents, and the document."""
-        parts = parts_of(doc, self.rubric.reads, self._limits)
+        parts = parts_of(doc, self.rubric.reads, limits)
         return [Message("system", [self.rubric.system()]), Message("user", parts)]
 
     def parse(self, answer: Answer) -> Verdict:
         """Raises JudgeFailed."""
         return read(answer, self.rubric)
+
+    def forget(self) -> None:
+        """Judge anew what was judged before."""
+        self._verdicts.clear()
 
     def check(self) -> None:
         self._backend.check()
@@ -147,15 +164,18 @@ class PanelJudge:
         """Raises JudgeFailed."""
         return average([judge.judge(doc) for judge in self._judges])
 
+    def forget(self) -> None:
+        self._each("forget")
+
     def check(self) -> None:
-        for judge in self._judges:
-            if hasattr(judge, "check"):
-                judge.check()
+        self._each("check")
 
     def close(self) -> None:
+        self._each("close")
+
+    def _each(self, method: str) -> None:
         for judge in self._judges:
-            if hasattr(judge, "close"):
-                judge.close()
+            getattr(judge, method, lambda: None)()
 
 
 def average(verdicts: Sequence[Verdict]) -> Verdict:
@@ -183,6 +203,10 @@ class _Once:
     def __init__(self, most: int) -> None:
         self._most, self._kept = most, OrderedDict[str, Future[Verdict]]()
         self._lock = threading.Lock()
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
 
     def get(self, key: str, make: Callable[[], Verdict]) -> Verdict:
         if not self._most:

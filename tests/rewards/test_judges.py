@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from replay.record import Blob
 from rewards.base import CallOutcome, JudgeFailed, Rendered
+from rewards.judges.content import Limits
 from rewards.judges.model import ModelJudge, PanelJudge
 from rewards.judges.rubrics import RubricError, load
 from tests.rewards.judge_service import JudgeService, Misbehaviour, answers, says, sleeps, verdict
@@ -185,6 +187,44 @@ def test_a_large_picture_is_shown_smaller_and_a_corrupt_one_is_told(service: Jud
     assert len(str(service.seen[0])) < 100_000
 
 
+def test_a_document_of_thousands_of_tags_or_pictures_is_cut_too(service: JudgeService) -> None:
+    tag = CallOutcome("search", "d" * 300, {}, 0, 0, "failed")
+    calls = [replace(tag, start=i, end=i + 1) for i in range(5000)]
+    blob = picture()
+    flood = replace(tag, status="ok", start=0, end=1, images=(blob.sha256,) * 5000)
+    for made in (calls, [flood, *calls]):
+        doc = Rendered("Show Peru.", "x" * 5000, made, 0, (), blobs={blob.sha256: blob})
+        judge(service, "image").judge(doc)
+        words = shown(service.seen[-1])
+        assert len(words) < 40_000 and "more pictures are left out" in words
+    assert "4990 more pictures of this call are left out" in words and words.count("<PICTURE>") == 10
+
+
+def test_a_document_that_is_too_long_for_the_model_is_shown_in_part_and_told_so(service: JudgeService) -> None:
+    error = {"message": "This model's maximum context length is 4096 tokens.", "code": "context_length_exceeded"}
+    service.behaviours = [answers(400, {"error": error})] * 2
+    assert judge(service).judge(document("x" * 20_000)).scores["text"] == 4.0
+    assert [len(shown(r)) // 1000 for r in service.seen] == [20, 12, 6]
+    assert "characters are left out here" in shown(service.seen[-1])
+    service.behaviours = [answers(400, {"error": error})] * 20
+    with pytest.raises(JudgeFailed, match="maximum context length"):
+        judge(service).judge(document("y" * 20_000))
+
+
+def test_a_picture_that_is_a_line_is_told_and_not_shown(service: JudgeService) -> None:
+    judge(service, "image").judge(document("", (picture(size=(2, 4000)),)))
+    assert "a line of 2 x 4000 pixels" in shown(service.seen[0]) and "<PICTURE>" not in shown(service.seen[0])
+
+
+def test_what_was_judged_is_judged_anew_once_it_is_forgotten(service: JudgeService) -> None:
+    one = judge(service)
+    for _ in range(2):
+        one.judge(document())
+    one.forget()
+    one.judge(document())
+    assert len(service.seen) == 2
+
+
 def test_a_document_cannot_end_its_place_or_speak_for_the_system(service: JudgeService) -> None:
     one = judge(service)
     mark = re.search(r"answer-(\w+)\n", shown_of(one, document()))
@@ -194,12 +234,12 @@ def test_a_document_cannot_end_its_place_or_speak_for_the_system(service: JudgeS
     new = re.search(r"answer-(\w+)\n", words)
     assert new and new[1] != mark[1] and words.count(f"answer-{new[1]}") == 3
     assert not re.search(r"<\|im_\w+\|>|</s>|\[INST\]", words)
-    system = [one.build_messages(document(text))[0] for text in ("a", attack)]
+    system = [one.build_messages(document(text), Limits())[0] for text in ("a", attack)]
     assert system[0] == system[1], "the rubric is the same prefix for all"
 
 
 def shown_of(one: ModelJudge, doc: Rendered) -> str:
-    return "".join(str(part) for part in one.build_messages(doc)[1].parts)
+    return "".join(str(part) for part in one.build_messages(doc, Limits())[1].parts)
 
 
 @pytest.mark.parametrize("text", ["", "reads: nothing", "reads: tags\ntask: x\ncriteria: {}", ": [", "- 1"])
