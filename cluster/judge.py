@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ConfigError, JudgePool, load
+from cluster.console import Progress
 from evals import pairs, planted
 from evals.judge_check import Trust, check, direct
 from rewards.base import Judge
@@ -59,7 +60,7 @@ def check_judges(
     found: dict[str, Trust] = {}
     for name in [only] if only else pairs.JUDGES:
         if mine := [pair for pair in known if pair.judge == name]:
-            trust = found[name] = check(direct(_judge(name, getattr(pools, name))), mine, repeats)
+            trust = found[name] = _check(name, getattr(pools, name), mine, repeats, quiet=as_json)
             if trust.agreement is None:
                 raise RuntimeError(f"no pair has all its verdicts of the {name} judge: {trust.first_failure}")
     if not found:
@@ -67,8 +68,24 @@ def check_judges(
     print(json.dumps({name: trust.row() for name, trust in found.items()})) if as_json else _show(found)
 
 
+def _check(name: str, pool: JudgePool, known: Sequence[pairs.Pair], repeats: int, quiet: bool) -> Trust:
+    judge = _judge(name, pool)
+    progress = Progress(f"asking the {name} judge about {len(known)} pairs, round", repeats + 1)
+    try:
+        return check(
+            direct(judge),
+            known,
+            repeats,
+            at_once=pool.concurrency,
+            begin=getattr(judge, "forget", lambda: None),
+            on_progress=lambda done, total: None if quiet else progress.show(done),
+        )
+    finally:
+        getattr(judge, "close", lambda: None)()
+
+
 def _judge(name: str, pool: JudgePool) -> Judge:
-    """The judge of a config, in this process and with no cache before it."""
+    """The judge of a config, in this process."""
     module, _, cls = pool.judge.partition(":")
     try:
         made: Judge = getattr(importlib.import_module(module), cls)(**pool.options)

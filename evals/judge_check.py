@@ -11,7 +11,7 @@ m(d) = mean over the criteria, 1..5. The margin of a pair is m(better) - m(worse
   less the share in which it is the better one. Above 0, the judge likes length; between -1 and 1.
 - *image-count bias*: the same with the number of pictures.
 - *self-consistency*: over pairs and repeats in the same order, the share whose decision is that of the first time. A
-  server that caches verdicts by content repeats itself by design: ask with its cache off.
+  judge that keeps verdicts forgets them before each time.
 - *calibration*: the expected calibration error of the confidence that a margin claims, 0.5 + |margin| / 8 (so that no
   margin claims a coin's toss and the largest one certainty): sum over BINS equal bins of n_bin / n |mean confidence -
   mean agreement|. 0 is perfect.
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,19 +87,38 @@ def direct(judge: Judge) -> Ask:
     return lambda docs: [one(doc) for doc in docs]
 
 
-def check(ask: Ask, pairs: Sequence[Pair], repeats: int = 3) -> Trust:
+def check(
+    ask: Ask,
+    pairs: Sequence[Pair],
+    repeats: int = 3,
+    *,
+    at_once: int = 1,
+    begin: Callable[[], None] = lambda: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Trust:
     """Ask a judge for all pairs, `repeats` times in order and once in turned order.
+
+    Args:
+        at_once: pairs that are asked at the same time.
+        begin: called before each round of all pairs; there a judge forgets the verdicts that it keeps.
+        on_progress: told of rounds done and of all rounds.
 
     Raises:
         ValueError: no pairs, or fewer than one repeat.
     """
     if not pairs or repeats < 1:
         raise ValueError(f"a check needs pairs and at least one repeat, not {len(pairs)} and {repeats}")
+    rounds: list[list[tuple[float | str, float | str]]] = []
+    with ThreadPoolExecutor(at_once) as threads:
+        for number in range(repeats + 1):
+            begin()
+            turned = number == repeats
+            batches = [[p.worse, p.better] if turned else [p.better, p.worse] for p in pairs]
+            rounds.append(list(threads.map(lambda docs: _marks(ask(docs)), batches)))
+            on_progress(number + 1, repeats + 1)
     asked: list[_Asked] = []
     failures: list[str] = []
-    for pair in pairs:
-        orders = [[pair.better, pair.worse]] * repeats + [[pair.worse, pair.better]]
-        marks = [_marks(ask(docs)) for docs in orders]
+    for pair, marks in zip(pairs, zip(*rounds, strict=True), strict=True):
         failures += [mark for both in marks for mark in both if isinstance(mark, str)]
         whole = [(a, b) for a, b in marks if not isinstance(a, str) and not isinstance(b, str)]
         if len(whole) == len(marks):

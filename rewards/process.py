@@ -11,20 +11,14 @@ A failed or malformed call, and one whose picture does not open, is 0.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
-from PIL import Image, ImageStat
-
-from replay.record import Blob
 from rewards.base import CallOutcome, JudgeFailed, Rendered
 from rewards.judges.looks import Look, look
 from rewards.judges.words import param_text, relevance, subject, title_text
 
 #: Component names of single calls: this and the call's number, in the order of `Rendered.calls`.
 CALL = "call/"
-#: Levels of 255 that the rim of a whole chart may differ in.
-_RIM_RANGE = 48
 
 
 def call_scores(doc: Rendered) -> list[float]:
@@ -51,19 +45,9 @@ def _score(doc: Rendered, call: CallOutcome) -> float:
     if call.source == "code":
         warnings = call.provenance.get("warnings", ())
         faults = len(warnings) if isinstance(warnings, Sequence) and not isinstance(warnings, str) else bool(warnings)
-        clipped = any(_clipped(doc.blobs[sha]) for sha in call.images)
-        return float(0.5 ** (faults + any(one.visible < 1 for one in seen) + clipped))
+        blank, clipped = (not all(one.visible == 1 for one in seen)), not all(one.framed for one in seen)
+        return float(0.5 ** (faults + blank + clipped))
     return 1.0
-
-
-def _clipped(picture: Blob) -> bool:
-    """Whether the outermost pixels are not of one colour; only for a picture that opens."""
-    with Image.open(io.BytesIO(picture.data)) as opened:
-        image = opened.convert("RGB")
-    width, height = image.size
-    rims = ((0, 0, width, 1), (0, height - 1, width, height), (0, 0, 1, height), (width - 1, 0, width, height))
-    extremes = [extreme for rim in rims for extreme in [ImageStat.Stat(image.crop(rim)).extrema]]
-    return any(max(e[band][1] for e in extremes) - min(e[band][0] for e in extremes) > _RIM_RANGE for band in range(3))
 
 
 def _sources(doc: Rendered, call: CallOutcome) -> list[Look]:

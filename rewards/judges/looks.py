@@ -20,11 +20,18 @@ _SAME = 0.5
 
 @dataclass(frozen=True)
 class Look:
-    """What is measured of a picture: pixels, `size` and `visible` as shares of what is enough, and a thumbnail."""
+    """What is measured of a picture.
+
+    Attributes:
+        pixels: width and height.
+        size, visible: as shares of what is enough.
+        framed: its outermost pixels are of one colour: if it was drawn on a canvas, nothing is cut off.
+    """
 
     pixels: tuple[int, int]
     size: float
     visible: float
+    framed: bool
     thumbnail: Image.Image
 
     def same(self, other: Look) -> bool:
@@ -51,7 +58,15 @@ def look(blob: Blob) -> Look | str:
     middle = flat.crop((width // 6, height // 6, width - width // 6, height - height // 6))
     contrast = max(high - low for low, high in ImageStat.Stat(middle).extrema)
     thumbnail = flat.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
-    return Look(pixels, min(1.0, min(pixels) / _ENOUGH_SIDE), min(1.0, contrast / _ENOUGH_RANGE), thumbnail)
+    size, visible = min(1.0, min(pixels) / _ENOUGH_SIDE), min(1.0, contrast / _ENOUGH_RANGE)
+    return Look(pixels, size, visible, _framed(flat), thumbnail)
+
+
+def _framed(image: Image.Image) -> bool:
+    width, height = image.size
+    rims = ((0, 0, width, 1), (0, height - 1, width, height), (0, 0, 1, height), (width - 1, 0, width, height))
+    extremes = [ImageStat.Stat(image.crop(rim)).extrema for rim in rims]
+    return all(max(e[i][1] for e in extremes) - min(e[i][0] for e in extremes) <= _ENOUGH_RANGE for i in range(3))
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from rewards.base import CallOutcome, JudgeFailed, Rendered, Verdict
 from rewards.judges.looks import Look, look
-from rewards.judges.words import content, gaps, numbers, param_text, relevance, stale, subject, title_text, words
+from rewards.judges.words import content, gaps, numbers, param_text, plain, relevance, stale, subject, title_text, words
 from rewards.rules import NONE_ALLOWED
 
 _IMAGE = r"(?:image|picture|photo|photograph|illustration|drawing|chart|graph|plot|diagram|figure|map)s?\b"
@@ -35,6 +35,8 @@ _SPECIFIC = {"diffusion": 3, "search": 1, "edit": 1}
 _MOST_IMAGES = 10
 #: What a picture is worth that the document has shown before.
 _SHOWN_BEFORE = 0.25
+#: What the quality of a chart is worth that is cut off.
+_CLIPPED = 0.5
 _CRITERIA = ("image_quality", "task_relevance", "text_image_relevance")
 
 
@@ -64,7 +66,8 @@ class RubricTextJudge:
 class RubricImageJudge:
     """Opens the made pictures; gives `image_quality`, `task_relevance` and `text_image_relevance`, 1..5.
 
-    Each is a mean over the pictures. Quality: it opens, is not tiny, and its middle is not of one colour. Task
+    Each is a mean over the pictures. Quality: it opens, is not tiny, its middle is not of one colour, and the rim of a
+    chart is (else something is cut off, and it counts half). Task
     relevance: a found picture's title and caption, or else the words of its call, belong to the question's; an edit
     must differ from what was there. Text-image relevance: the same words belong to the prose's. A picture shown
     before counts a quarter, a blank or corrupt one nothing. No picture, or more than ten: all 1.
@@ -101,7 +104,7 @@ def _rate_pictures(
     asked, told = subject(doc.question), subject(" ".join(gaps(doc)))
     edited = any(call.source == "edit" for call, _ in made)
     earlier = [seen for blob in doc.given if edited and isinstance(seen := look(blob), Look)]
-    shown: set[str] = set()
+    shown: list[Look] = []
     rows: list[Row] = []
     reasons = []
     for number, (call, sha) in enumerate(made, 1):
@@ -111,16 +114,20 @@ def _rate_pictures(
             reasons.append(f"picture {number} {seen}")
             continue
         unchanged = call.source == "edit" and any(map(seen.same, earlier))
-        worth = seen.visible * (_SHOWN_BEFORE if sha in shown else 1.0)
+        clipped = call.source == "code" and not seen.framed
+        again = any(map(seen.same, shown))
+        worth = seen.visible * (_SHOWN_BEFORE if again else 1.0)
         faults = {
             "shows little or nothing": seen.visible < 1,
-            "was shown before": sha in shown,
+            "was shown before": again,
             "is not changed": unchanged,
+            "is cut off at its rim": clipped,
         }
         reasons += [f"picture {number} {fault}" for fault, there in faults.items() if there]
         task = 0.0 if unchanged else _belongs(call, asked)
-        rows.append((worth * seen.size, worth * task, worth * _belongs(call, told)))
-        shown.add(sha)
+        quality = seen.size * (_CLIPPED if clipped else 1.0)
+        rows.append((worth * quality, worth * task, worth * _belongs(call, told)))
+        shown.append(seen)
         earlier.append(seen)
     return rows, reasons
 
@@ -134,7 +141,7 @@ def _text(doc: Rendered, parts: Sequence[str]) -> tuple[float, str]:
     prose = "\n".join(parts)
     if not (told := words(prose)):
         return 1.0, "no prose"
-    if any(map(_ANNOUNCED.search, parts)) or any(map(_leads_in, parts[:-1])):
+    if any(_ANNOUNCED.search(plain(part)) for part in parts) or any(map(_leads_in, parts[:-1])):
         return 1.0, "an image is announced"
     if any(_fenced(doc.text, call) for call in doc.calls):
         return 1.0, "a tag sits in a code fence"
@@ -158,8 +165,8 @@ def _on_topic(prose: str, question: str) -> float:
 
 def _leads_in(before: str) -> bool:
     """Whether the line right before a tag ends in a colon and speaks of a picture."""
-    *_, line = before.rstrip().split("\n")
-    return line.endswith((":", "：")) and bool(_POINTS.search(line))
+    *_, line = plain(before).rstrip().split("\n")
+    return line.endswith(":") and bool(_POINTS.search(line))
 
 
 def _tags(doc: Rendered, parts: Sequence[str]) -> tuple[float, str]:
@@ -173,13 +180,20 @@ def _tags(doc: Rendered, parts: Sequence[str]) -> tuple[float, str]:
     calls = sorted(doc.calls, key=lambda c: c.start)
     around = [len(words(part)) for part in parts]
     asked = subject(doc.question)
-    keys = [f"{call.source} {sorted(call.params.items())}" for call in calls]
+    keys = [_asks(call) for call in calls]
     rated = []
     for i, call in enumerate(calls):
         in_row = (i > 0 and not around[i]) or (i + 1 < len(calls) and not around[i + 1])
         beside = max(around[i], around[i + 1])
         rated.append(_tag(call, asked, beside, in_row, again=keys.index(keys[i]) < i))
     return sum(score for score, _ in rated) / len(rated), min(rated)[1]
+
+
+def _asks(call: CallOutcome) -> tuple[object, ...]:
+    """What a call asks for, whatever the case, the signs and the order of its words; code counts as it is written."""
+    said = words(param_text(call))
+    others = sorted(f"{k} {v}" for k, v in call.params.items() if not isinstance(v, str))
+    return (call.source, *others, *(said if call.source == "code" else sorted(set(said))))
 
 
 def _tag(call: CallOutcome, asked: frozenset[str], beside: int, in_row: bool, again: bool) -> tuple[float, str]:

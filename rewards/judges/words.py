@@ -7,6 +7,7 @@ is not known. Chinese, Japanese and Korean, which are written without spaces, ar
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 
 from rewards.base import CallOutcome, Rendered
@@ -16,9 +17,17 @@ _WORD = re.compile(rf"\d+(?:\.\d+)?|[{_SPACELESS}]|[^\W\d_{_SPACELESS}]+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
+def plain(text: str) -> str:
+    """As a reader sees it: letters in their usual form, and nothing that is not seen (zero-width, turned round)."""
+    if text.isascii():
+        return text
+    kinds = ((c, unicodedata.category(c)) for c in unicodedata.normalize("NFC", text))
+    return "".join(c if kind == "No" else unicodedata.normalize("NFKC", c) for c, kind in kinds if kind != "Cf")
+
+
 def words(text: str) -> list[str]:
     """The words and numbers of a text in order, in lower case and singular, numbers in their shortest form."""
-    return [_singular(w) for w in _WORD.findall(_THOUSANDS.sub("", text.lower()))]
+    return [_singular(w) for w in _WORD.findall(_THOUSANDS.sub("", plain(text).lower()))]
 
 
 def content(text: str) -> frozenset[str]:

@@ -147,6 +147,21 @@ def test_the_same_picture_twice_is_worth_less_than_two() -> None:
     assert verdict.reasons["image_quality"] == "picture 2 was shown before"
 
 
+def test_the_same_picture_in_other_bytes_is_the_same_picture() -> None:
+    other = replace(FLAG, made=(saved(Image.open(io.BytesIO(FLAG.made[0].data)), "PNG", compress_level=1),))
+    assert other.made[0].sha256 != FLAG.made[0].sha256
+    verdict = judge(replace(GOLD["search"], parts=(*GOLD["search"].parts, other)))
+    assert verdict.reasons["image_quality"] == "picture 2 was shown before"
+
+
+def test_a_chart_that_is_cut_off_is_half_as_good() -> None:
+    bars = Image.new("RGB", (300, 200), "white")
+    bars.paste("blue", (100, 60, 180, 200))
+    verdict = judge(with_pictures("code", png(bars)))
+    assert (verdict.scores["image_quality"], verdict.scores["task_relevance"]) == (3, 5)
+    assert verdict.reasons["image_quality"] == "picture 1 is cut off at its rim"
+
+
 @pytest.mark.parametrize(
     ("title", "mark"), [("Flag of Kenya", 5), ("Flag of Peru", 3), ("Map of Kenya", 3), ("Giraffe", 1)]
 )

@@ -43,6 +43,8 @@ def test_gold_documents_get_high_marks(name: str) -> None:
         "The picture shows it:",
         "It looks as follows, see below:",
         "as in the following:",
+        "He\u200bre is an im\u2060age",
+        "Ｈｅｒｅ is ａｎ ｉｍａｇｅ：",
     ],
 )
 def test_an_announced_image_gets_the_lowest_text_mark(line: str) -> None:
@@ -183,6 +185,12 @@ def test_tags_in_a_row_and_tags_without_prose_are_not_integrated() -> None:
 def test_the_same_tag_again_gets_a_low_mark() -> None:
     verdict = judge(prose(INTRO, FLAG, "\nOnce more in full.\n", FLAG, "\nThat was it."))
     assert verdict.scores["image_tags"] == 3.5
+    assert verdict.reasons["image_tags"] == "the same tag again"
+
+
+def test_the_same_tag_in_other_words_is_the_same_tag() -> None:
+    other = replace(FLAG, params={"query": "OF kenya,  flag\u200b"})
+    verdict = judge(prose(INTRO, FLAG, "\nOnce more in full.\n", other, "\nThat was it."))
     assert verdict.reasons["image_tags"] == "the same tag again"
 
 

@@ -87,3 +87,7 @@ def test_any_two_texts_can_be_compared(a: str, b: str) -> None:
 def test_gaps_of_tags_at_any_offsets_are_one_more_than_the_tags(text: str, spans: list[tuple[int, int]]) -> None:
     calls = [CallOutcome("code", "", {}, min(s), max(s), "invalid") for s in spans]
     assert len(gaps(Rendered("q", text, calls, 0, ()))) == len(calls) + 1
+
+
+def test_words_are_read_as_a_reader_sees_them() -> None:
+    assert words("ｆｌａｇ of Ke\u200bnya \u202e\u2060") == words("flag of Kenya")
