@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -15,10 +16,12 @@ from agent.render import CallOutcome
 from replay.record import SCHEMAS
 from rewards.base import JudgeFailed, Rendered, Verdict
 from rewards.components import Terms
-from rewards.hybrid import score
+from rewards.hybrid import score, wants_image_verdict
 
 COLUMNS = ["question", "text", "calls", "image_num", "tools", "given", "finish"]
 JUDGE_TRIES = 3
+PAUSE_S = 1.0  # before a judge that failed is asked again; doubles
+IN_FLIGHT = 4  # batches at once, so that one whose judge is slow does not hold up the others
 
 
 @ray.remote
@@ -55,19 +58,24 @@ class Scorer(StageWorker):
         self._kind, self._multimodal, self._batch = kind, multimodal, batch
         self._text = JudgeClient(pool, "text", timeout_s)
         self._image = JudgeClient(pool, "image", timeout_s)
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
 
     async def loop(self) -> None:
-        while True:
-            claim = await self.claim("rendered", limit=self._batch, columns=COLUMNS, wait_s=5.0)
-            if claim is not None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._slots.acquire()
+                claim = await self.claim("rendered", limit=self._batch, columns=COLUMNS, wait_s=5.0)
+                if claim is None:
+                    self._slots.release()
+                    continue
                 rows = claim.rows.to_pylist()
                 self.begin(len(rows))
-                await self._score(claim.token, rows)
+                group.create_task(self._score(claim.token, rows)).add_done_callback(lambda _: self._slots.release())
 
     async def _score(self, token: int, rows: list[dict[str, Any]]) -> None:
         started = time.monotonic()
         docs = await self._documents(rows)
-        pictured = [bool(d.blobs) for d in docs]
+        pictured = [wants_image_verdict(d) for d in docs]
         text, image = await asyncio.gather(
             self._verdicts(self._text, docs, [True] * len(docs)), self._verdicts(self._image, docs, pictured)
         )
@@ -75,7 +83,8 @@ class Scorer(StageWorker):
         seconds = (time.monotonic() - started) / len(rows)
         for row, doc, t, i in zip(rows, docs, text, image, strict=True):
             if not isinstance(t, Verdict) or isinstance(i, str):
-                aside[row["trajectory"]] = ("set_aside_judge", str(i if isinstance(t, Verdict) else t))
+                why = str(i if isinstance(t, Verdict) else t)
+                aside[row["trajectory"]] = ("set_aside_judge", why.encode(errors="replace").decode())
                 continue
             try:
                 result = score(doc, t, i, self._kind, self._multimodal, terms=self._terms, process=self._process)
@@ -86,7 +95,7 @@ class Scorer(StageWorker):
             scored.append(
                 key
                 | {"reward": result.reward, "reward_strict": result.reward_strict, "accurate": result.accurate}
-                | {"components": [*result.components.items(), *_disagreement(t, i)]}
+                | {"components": [*result.components.items(), *_disagreement(t, i)], "reasons": _reasons(t, i)}
             )
         if scored:
             await self._store.put("scored", pa.Table.from_pylist(scored, SCHEMAS["scored"]))
@@ -120,10 +129,12 @@ class Scorer(StageWorker):
     ) -> list[Verdict | str | None]:
         """A verdict a wanted document; those that fail are asked again, and at last stay a reason."""
         found: list[Verdict | str | None] = [("not judged" if w else None) for w in wanted]
-        for _ in range(JUDGE_TRIES):
+        for attempt in range(JUDGE_TRIES):
             open_ = [i for i, v in enumerate(found) if isinstance(v, str)]
             if not open_:
                 break
+            if attempt:
+                await asyncio.sleep(PAUSE_S * 2 ** (attempt - 1))
             try:
                 answers = await judge.judge([docs[i] for i in open_])
                 if len(answers) != len(open_):
@@ -133,6 +144,11 @@ class Scorer(StageWorker):
             for i, answer in zip(open_, answers, strict=True):
                 found[i] = answer
         return found
+
+
+def _reasons(*verdicts: Verdict | None) -> str:
+    """Why each score, as JSON."""
+    return json.dumps({name: why for v in verdicts if v is not None for name, why in v.reasons.items()})
 
 
 def _disagreement(*verdicts: Verdict | None) -> list[tuple[str, float]]:

@@ -42,6 +42,7 @@ _CURVES = [
     ),
     ("Parts of the reward: judges", "0 to 1", ["reward/r_llm", "reward/r_mllm", "reward/r_mllm_published"]),
     ("Marks of the judges", "1 to 5", [f"reward/{name}" for name in MARKS]),
+    ("Disagreement of the judges", "standard deviation", [f"reward/disagreement/{name}" for name in MARKS]),
     ("Counts a document", "", [f"reward/{name}" for name in COUNTS]),
     ("Seconds a step", "s", ["step_s", "wait_s", "forward_backward_s"]),
     ("Staleness", "optimiser steps", ["staleness", "staleness_max"]),

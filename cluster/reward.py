@@ -22,7 +22,8 @@ from rewards.base import Rendered
 
 reward_app = typer.Typer(no_args_is_help=True, help=__doc__)
 
-_COLUMNS = ["group", "versions", "question", "text", "calls", "image_num", "tools", "finish", "reward", "components"]
+_COLUMNS = ["group", "versions", "question", "text", "calls", "image_num", "tools", "finish", "reward"]
+_COLUMNS += ["components", "reasons"]
 _LONGEST = 2000  # characters of a document that are printed
 _MARKS = {1: "better", -1: "worse", 0: ""}
 
@@ -72,7 +73,8 @@ def _document(row: dict[str, Any]) -> Scored:
         finished=row["finish"] == "stop",
     )
     at = max(map(updates, row["versions"]), default=0)
-    return Scored(row["trajectory"], row["group"], at, doc, row["reward"], dict(row["components"]))
+    reasons = json.loads(row["reasons"] or "{}")
+    return Scored(row["trajectory"], row["group"], at, doc, row["reward"], dict(row["components"]), reasons)
 
 
 def _show(found: Audit, docs: dict[str, Scored]) -> None:
@@ -100,4 +102,5 @@ def _show(found: Audit, docs: dict[str, Scored]) -> None:
     for d in found.disagreements:
         console.print(f"\n{d.trajectory}: judges {d.judges:.2f}, rules {d.rules:.2f}", style="bold")
         of = docs[d.trajectory].doc
-        console.print(trajectories.printable(f"{of.question}\n---\n{of.text[:_LONGEST]}"), markup=False)
+        said = "".join(f"\n--- {name}: {why}" for name, why in docs[d.trajectory].reasons.items())
+        console.print(trajectories.printable(f"{of.question}\n---\n{of.text[:_LONGEST]}{said}"), markup=False)

@@ -143,6 +143,7 @@ def _fact(view: View, row: Mapping[str, Any], status: str, reason: str) -> dict[
         "versions": [_version(v) for v in sorted(set(row["versions"] or ()))],
         "calls": [_call(call, blobs) for call in row["calls"]] if row["calls"] is not None else None,
         "components": dict(row["components"] or ()),
+        "reasons": json.loads(row["reasons"] or "{}"),
     }
 
 
@@ -198,6 +199,8 @@ def _lines(fact: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         strict = "none" if fact["reward_strict"] is None else f"{fact['reward_strict']:.4g}"
         yield "reward", f"{fact['reward']:.4g} (strict {strict}), {'right' if fact['accurate'] else 'wrong'} tools"
         yield "parts", ", ".join(f"{name} {value:.4g}" for name, value in fact["components"].items())
+        if fact["reasons"]:
+            yield "judges", "\n".join(f"{name}: {why}" for name, why in fact["reasons"].items())
         spent = {"rendered": fact["rendered.seconds"], "scored": fact["scored.seconds"]}
         yield "took", ", ".join(f"{s:.2f} s to be {what}" for what, s in spent.items() if s is not None)
     if fact["status"] == Status.TRAINED:

@@ -27,7 +27,7 @@ from typing import Any
 
 from rewards.base import Rendered
 from rewards.components import COUNTS, JUDGED, MARKS, RULES
-from rewards.judges.words import gaps, stale, words
+from rewards.judges.words import gaps, plain, stale, words
 
 Z = 3.0
 SMALLEST = 0.05
@@ -63,6 +63,7 @@ class Scored:
     Attributes:
         at: optimiser steps of the policy that wrote it.
         components: of its reward, by name.
+        reasons: of the judges, by score.
     """
 
     trajectory: str
@@ -71,6 +72,7 @@ class Scored:
     doc: Rendered
     reward: float
     components: Mapping[str, float]
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def audit(docs: Sequence[Scored], show: int = 5) -> Audit:
 
 def directed(text: str) -> bool:
     """Whether a text speaks to a judge, of scores, or in the form of a verdict (English)."""
-    return _DIRECTED.search(text) is not None
+    return _DIRECTED.search(plain(text)) is not None
 
 
 def disagreements(docs: Sequence[Scored], show: int) -> list[Disagreement]:
@@ -278,7 +280,7 @@ def _directed(docs: Sequence[Scored], show: int) -> list[Finding]:
     found = [
         d.trajectory
         for d in docs
-        if any(m.group().lower() not in d.doc.question.lower() for m in _DIRECTED.finditer(d.doc.text))
+        if any(m.group().lower() not in plain(d.doc.question).lower() for m in _DIRECTED.finditer(plain(d.doc.text)))
     ]
     if not found:
         return []

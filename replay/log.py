@@ -332,7 +332,7 @@ class Log:
         ids = ids or range(self._next_id, self._next_id + reader().num_record_batches)
         self._next_id = max(self._next_id, *(i + 1 for i in ids)) if ids else self._next_id
         for place, i in enumerate(ids):
-            self._batches[i] = functools.partial(_read, reader, place, where)
+            self._batches[i] = functools.partial(_read, reader, place, where, self.schema)
         self._of[segment.file] = list(ids)
 
     def _add(self, batch: Callable[[], pa.RecordBatch]) -> int:
@@ -512,9 +512,15 @@ def _reader(storage: Storage, name: str, where: str) -> Any:
         raise StoreError(f"segment {where} is damaged: {error}; restore it from a copy") from error
 
 
-def _read(reader: Callable[[], Any], place: int, where: str) -> pa.RecordBatch:
+def _read(reader: Callable[[], Any], place: int, where: str, schema: pa.Schema) -> pa.RecordBatch:
+    """A batch; columns that its version did not have yet are null."""
     try:
-        return reader().get_batch(place)
+        batch = reader().get_batch(place)
+        if batch.num_columns == len(schema):
+            return batch
+        there = dict(zip(batch.schema.names, batch.columns, strict=True))
+        missing = {f.name: pa.nulls(batch.num_rows, f.type) for f in schema if f.name not in there}
+        return pa.RecordBatch.from_arrays([(there | missing)[name] for name in schema.names], schema=schema)
     except (pa.ArrowInvalid, OSError) as error:
         raise StoreError(f"segment {where} is damaged in batch {place}: {error}; restore it from a copy") from error
 

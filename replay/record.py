@@ -130,6 +130,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("reward_strict", pa.float64()),  # the default hybrid with the strict 0/1 rule
             ("accurate", pa.bool_()),  # counts for tool accuracy
             ("components", pa.map_(pa.string(), pa.float64())),
+            ("reasons", pa.string()),  # JSON: a judge's score -> why
             ("seconds", pa.float64()),
         ]
     ),

@@ -78,6 +78,11 @@ class Score:
     components: dict[str, float]
 
 
+def wants_image_verdict(doc: Rendered) -> bool:
+    """Whether `score` reads the image judge's verdict. Raises ValueError for a call that never came to an end."""
+    return 0 < count_images(doc) <= MOST_IMAGES
+
+
 def score(
     doc: Rendered,
     text: Verdict,
@@ -92,8 +97,7 @@ def score(
 
     Args:
         text: the text judge's verdict, with TEXT_CRITERIA.
-        image: the image judge's, with IMAGE_CRITERIA; not read, and so may be None, where the document has no
-            picture or more than MOST_IMAGES.
+        image: the image judge's, with IMAGE_CRITERIA; may be None where `wants_image_verdict` is false.
         kind: a name in `rewards.components.KINDS`.
         multimodal: the policy is a vision-language model.
         terms: of the reward, instead of those of `kind`; checked by `rewards.components.check`.

@@ -38,7 +38,14 @@ def run_folder(tmp_path: Path) -> Path:
         if g != 3:  # not scored yet
             parts = {"rule": 1.0 - 0.75 * late, "r_llm": 0.5 + 0.5 * late, "fit": 1.0, "calls": 0.0}
             put(
-                store, "scored", g, reward=0.5 + late / 4, reward_strict=0.5, accurate=True, components=[*parts.items()]
+                store,
+                "scored",
+                g,
+                reward=0.5 + late / 4,
+                reward_strict=0.5,
+                accurate=True,
+                components=[*parts.items()],
+                reasons='{"text": "it is the best"}',
             )
     store.close()
     return tmp_path / "run"
@@ -65,7 +72,7 @@ def test_gaming_is_told_with_the_documents_that_show_it(run_folder: Path, audit:
     assert out.startswith(f"{2 * (GROUPS - 1)} documents of {GROUPS - 1} prompts")
     for said in ("parts disagree: reward 0.5 -> 0.75, r_llm 0.5 -> 1 got better", "judge-directed: 8 of 22"):
         assert said in " ".join(out.split())
-    assert "train-000011/1" in out and "judges 1.00, rules 0.25" in out
+    assert "train-000011/1" in out and "judges 1.00, rules 0.25" in out and "--- text: it is the best" in out
     assert "\x1b[31m Give" not in out and "\ufffd[31m Give" in out
 
 
