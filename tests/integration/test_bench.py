@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from actors.store import StoreActor
-from benchmarks import replay, weights
+from benchmarks import judges, replay, weights
 from cluster import bench
 from cluster.config import Config
 from cluster.synchronous import InTurns
@@ -56,6 +56,16 @@ def test_stages_that_take_turns_wait_for_the_last_document_before_them(local_ray
     assert found is not None and found.trajectories == ["g0/0", "g0/1"]
     store.now(store.put("rendered", row("rendered", "g0/0")))
     assert store.now(store.claim("rendered", wait_s=0.2, **options)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_model_judge_is_measured_and_every_verdict_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in {"ROUNDS": 1, "STEP": 8, "PLAIN": 1, "TOKENS": 16}.items():
+        monkeypatch.setattr(judges, name, size)
+    results = bench.run("judges", Path("examples/tiny.yaml"), [])["results"]
+    assert results["parse_failures"] == 0
+    assert results["batched_vs_plain"] > 1 and results["score_vs_generate"] > 0
 
 
 @pytest.mark.slow

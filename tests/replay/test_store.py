@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from replay.record import Blob, Status, version
+from replay.record import SCHEMAS, Blob, Status, version
 from replay.store import MAX_CLAIMS, Store, StoreError
 from tests.replay.rows import Clock, claim, killed, pending, reopen, row, table, to_scored
 
@@ -267,3 +267,18 @@ def test_a_picture_of_two_puts_under_way_is_stored_once(store: Store) -> None:
     puts = [store.put_soon("pending", pending(g, 1, given=[blob.sha256]), [blob]) for g in "ab"]
     assert [put.answers() for put in puts] == [["ok"], ["ok"]]
     assert store.version()["blobs"] == 1 and store.blobs([blob.sha256]) == {blob.sha256: blob}
+
+
+def test_a_column_that_came_later_is_null_in_older_rows(tmp_path: Path) -> None:
+    scored = SCHEMAS["scored"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCHEMAS, "scored", scored.remove(scored.get_field_index("reasons")))
+        store = Store(tmp_path)
+        store.put("pending", pending())
+        to_scored(store, "g0/0")
+        store.close()
+    store = Store(tmp_path)
+    to_scored(store, "g0/1")
+    rows = store.get(["g0/0", "g0/1"], ["reward", "reasons"]).to_pylist()
+    assert [(row["reward"], row["reasons"]) for row in rows] == [(1.0, None)] * 2
+    store.close()

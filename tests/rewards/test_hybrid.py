@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rewards.base import CallOutcome, JudgeFailed, Rendered, Verdict
 from rewards.components import KINDS
-from rewards.hybrid import IMAGE_CRITERIA, score
+from rewards.hybrid import IMAGE_CRITERIA, score, wants_image_verdict
 from rewards.judges.rubric import RubricImageJudge, RubricTextJudge
 from tests.rewards.drafts import CAT, GOLD, judged
 
@@ -160,6 +160,11 @@ def test_a_verdict_on_a_document_without_pictures_is_not_read() -> None:
     for kind in KINDS:
         bare = doc(image_num=0)
         assert score(bare, text(), image(1, 1, 1), kind).reward == score(bare, text(), None, kind).reward
+
+
+def test_the_image_judge_is_asked_where_its_verdict_is_read() -> None:
+    assert [wants_image_verdict(doc(*searches(v))) for v in (0, 1, 10, 11)] == [False, True, True, False]
+    assert not wants_image_verdict(doc(call(status="failed")))
 
 
 def test_an_unknown_kind_is_refused_by_name() -> None:
