@@ -21,7 +21,7 @@ from rewards.hybrid import score, wants_image_verdict
 COLUMNS = ["question", "text", "calls", "image_num", "tools", "given", "finish"]
 JUDGE_TRIES = 3
 PAUSE_S = 1.0  # before a judge that failed is asked again; doubles
-IN_FLIGHT = 4  # batches at once, so that one whose judge is slow does not hold up the others
+IN_FLIGHT = 2  # batches at once, so that one whose judge is slow does not hold up the others
 
 
 @ray.remote
