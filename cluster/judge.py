@@ -46,7 +46,7 @@ def check_judges(
         Literal["text", "image"] | None, typer.Option("--judge", help="one of them; by default both")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--pairs", help="JSON lines, as docs/rewards.md tells; else built in")
+        Path | None, typer.Option("--pairs", help="JSON lines, as docs/judges.md tells; else built in")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="times that each pair is asked in order")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,

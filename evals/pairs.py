@@ -65,7 +65,7 @@ def load(path: Path) -> list[Pair]:
                 why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
                 raise PairsError(f"{path}, line {number} is no pair: {why}") from None
     if not pairs:
-        raise PairsError(f"{path} holds no pair; docs/rewards.md shows what a line looks like")
+        raise PairsError(f"{path} holds no pair; docs/judges.md shows what a line looks like")
     return pairs
 
 

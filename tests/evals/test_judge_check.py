@@ -32,7 +32,7 @@ def plain(*texts: tuple[str, str]) -> list[Pair]:
 def test_the_built_in_set_has_every_flaw_that_is_known() -> None:
     assert {pair.flaw for pair in PLANTED} == {
         *("wrong number", "wrong picture", "clipped chart", "blank chart", "announced image", "code fence"),
-        *("missing image", "off-topic text", "padding", "flattery of the judge"),
+        *("missing image", "repeated pictures", "off-topic text", "padding", "flattery of the judge"),
         *("instructions in text", "instructions in an image"),
     }
 
