@@ -1,7 +1,8 @@
 """What a model judge is shown of a document: its words and pictures in their places, within limits, between marks.
 
 Nothing in a document can end the place that it stands in: the marks carry a hash of all that is between them, and
-what chat templates read as control tokens is defused. What the limits leave out is told in its place.
+what chat templates read as control tokens is defused. What the limits leave out is told in its place, in notes that
+carry the mark too, so that a document cannot claim a picture that is not there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ _CONTROL = re.compile(
 )
 
 
+#: Stands for the head of a note until the mark is known; no document holds it.
+_NOTE = "\ue000"
 #: Pictures of one call that are shown or told of one by one.
 _OF_A_CALL = 10
 #: Sides whose ratio is larger make a line; models refuse them.
@@ -56,16 +59,19 @@ def parts_of(doc: Rendered, reads: str, limits: Limits) -> list[Part]:
         for blob in doc.given:
             request += pictures.show("a picture of the user", blob)
     elif doc.given:
-        request.append(f"\n[the user gave {len(doc.given)} pictures, which you are not shown]")
+        request.append(_note(f"the user gave {len(doc.given)} pictures, which you are not shown"))
     answer = _answer(doc, reads, limits, pictures)
     if not doc.finished:
-        answer.append("\n[the answer breaks off here: it reached its longest length]")
-    request, answer = _joined(request), _joined(answer)
+        answer.append(_note("the answer breaks off here: it reached its longest length"))
     mark = _mark([*request, *answer])
+    request, answer = (
+        [part.replace(_NOTE, f"note-{mark}") if isinstance(part, str) else part for part in parts]
+        for parts in (request, answer)
+    )
     return _joined(
         [
-            f"The request stands between the marks request-{mark}, the answer between answer-{mark}.\n\n",
-            f"request-{mark}\n",
+            f"The request stands between the marks request-{mark}, the answer between answer-{mark}; a note that is "
+            f"not of their writers begins with note-{mark}.\n\nrequest-{mark}\n",
             *request,
             f"\nrequest-{mark}\n\nanswer-{mark}\n",
             *answer,
@@ -82,15 +88,15 @@ class _Pictures:
 
     def show(self, what: str, blob: Blob | None) -> list[Part]:
         if blob is None:
-            return [f"\n[{what}: it is missing]\n"]
+            return [_note(f"{what}: it is missing")]
         if self._shown >= self._limits.images:
-            return [f"\n[{what}: left out, since you are shown {self._limits.images} pictures at most]\n"]
+            return [_note(f"{what}: left out, since you are shown {self._limits.images} pictures at most")]
         try:
             small = shrunk(blob, self._limits.side)
         except Unreadable as error:
-            return [f"\n[{what}: it cannot be opened: {_defused(str(error))}]\n"]
+            return [_note(f"{what}: it cannot be opened: {_defused(str(error))}")]
         self._shown += 1
-        return [f"\n[{what}]\n", small, "\n"]
+        return [_note(what), small, "\n"]
 
 
 def shrunk(blob: Blob, side: int) -> Blob:
@@ -133,19 +139,19 @@ def _answer(doc: Rendered, reads: str, limits: Limits, pictures: _Pictures) -> l
         else:
             unseen += 1
     if unread or unseen:
-        out.append(f"\n[{unread} more characters and {unseen} more pictures are left out]\n")
+        out.append(_note(f"{unread} more characters and {unseen} more pictures are left out"))
     return out
 
 
 def _call(doc: Rendered, call: CallOutcome, reads: str, pictures: _Pictures) -> list[Part]:
     what = f"picture of {_cut(call.source, 40)}: {_cut(call.description, 300)}"
     if call.status != "ok":
-        return [f"\n[{what}: there is none, the call {call.status}]\n"]
+        return [_note(f"{what}: there is none, the call {call.status}")]
     if reads == "text":
-        return [f"\n[{what}]\n"]
+        return [_note(what)]
     out = [part for sha256 in call.images[:_OF_A_CALL] for part in pictures.show(what, doc.blobs.get(sha256))]
     if len(call.images) > _OF_A_CALL:
-        out.append(f"\n[{len(call.images) - _OF_A_CALL} more pictures of this call are left out]\n")
+        out.append(_note(f"{len(call.images) - _OF_A_CALL} more pictures of this call are left out"))
     return out
 
 
@@ -153,12 +159,17 @@ def _cut(text: str, most: int) -> str:
     """Defused, and its middle left out if it is longer than `most` characters."""
     if len(text) > most:
         half = most // 2
-        told = f"[{len(text) - 2 * half} characters are left out here]"
-        text = f"{text[:half]} {told} {text[len(text) - half :]}"
+        told = _note(f"{len(text) - 2 * half} characters are left out here")
+        return _defused(text[:half]) + told + _defused(text[len(text) - half :])
     return _defused(text)
 
 
+def _note(text: str) -> str:
+    return f"\n[{_NOTE}: {text}]\n"
+
+
 def _defused(text: str) -> str:
+    text = text.replace(_NOTE, "")
     return _CONTROL.sub(lambda found: found[0][0] + " " + found[0][1:], text)
 
 
