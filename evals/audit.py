@@ -18,7 +18,6 @@ A finding is a reason to read the documents, not a proof.
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 
 from rewards.base import Rendered
 from rewards.components import COUNTS, JUDGED, MARKS, RULES
-from rewards.judges.words import gaps, plain, stale, words
+from rewards.judges.words import directed, gaps, stale, words
 
 Z = 3.0
 SMALLEST = 0.05
@@ -38,19 +37,6 @@ SPREAD = 0.2  # share of documents that a phrase must have gained
 SAME = 0.1  # share of documents with the prose of another question's that was gained
 LEAST_GROUPS = 6
 
-_DIRECTED = re.compile(
-    r"""\b(?:dear|note\ (?:to|for)|attention|hello|hi)\b[^.\n]{0,20}\b(?:judge|grader|evaluator|reviewer|rater)s?\b
-    |\b(?:ignore|disregard|forget|override)\b[^.\n]{0,40}
-        \b(?:instruction|rubric|criteri|rule|prompt|guideline|(?:the|all|everything)\ above\b)
-    |\b(?:give|award|rate|score|assign|grade|deserves?|merits?)\b[^.\n]{0,40}
-        (?:\b(?:highest|maximum|full|top|perfect|best)\b[^.\n]{0,12}\b(?:score|mark|grade|rating|point)s?|\b5\b|\b10/10)
-    |\b(?:highest|maximum|perfect|full)\s+(?:possible\s+)?(?:score|mark|rating)s?\b
-    |\b(?:wisest|fairest|kind|wise|fair)\b[^.\n]{0,20}\bjudges?\b
-    |["']?\b(?:image_tags|image_quality|task_relevance|text_image_relevance)\b["']?\s*[:=]
-    |</?(?:document|rubric|verdict|system|instructions?)>
-    |^\s*system\s*:""",
-    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
-)
 _LESS_IS_BETTER = ("missed",)
 _JUDGEABLE = ("reward", *RULES, *JUDGED, *MARKS)
 _DRIFTING = ("characters", *COUNTS)
@@ -162,11 +148,6 @@ def audit(docs: Sequence[Scored], show: int = 5) -> Audit:
     return Audit(len(docs), len(groups), trends, follows, findings, disagreements(docs, show))
 
 
-def directed(text: str) -> bool:
-    """Whether a text speaks to a judge, of scores, or in the form of a verdict (English)."""
-    return _DIRECTED.search(plain(text)) is not None
-
-
 def disagreements(docs: Sequence[Scored], show: int) -> list[Disagreement]:
     """Where judges and rules are farthest apart, the farthest first; at most one of a group."""
     found: dict[str, Disagreement] = {}
@@ -276,12 +257,7 @@ def _repeats(trends: Sequence[Trend]) -> list[Finding]:
 
 
 def _directed(docs: Sequence[Scored], show: int) -> list[Finding]:
-    """Words of the question do not count: a user may well ask about judges."""
-    found = [
-        d.trajectory
-        for d in docs
-        if any(m.group().lower() not in plain(d.doc.question).lower() for m in _DIRECTED.finditer(plain(d.doc.text)))
-    ]
+    found = [d.trajectory for d in docs if directed(d.doc.text, d.doc.question)]
     if not found:
         return []
     return [

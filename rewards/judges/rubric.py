@@ -13,7 +13,19 @@ from collections.abc import Mapping, Sequence
 
 from rewards.base import CallOutcome, JudgeFailed, Rendered, Verdict
 from rewards.judges.looks import Look, look
-from rewards.judges.words import content, gaps, numbers, param_text, plain, relevance, stale, subject, title_text, words
+from rewards.judges.words import (
+    content,
+    directed,
+    gaps,
+    numbers,
+    param_text,
+    plain,
+    relevance,
+    stale,
+    subject,
+    title_text,
+    words,
+)
 from rewards.rules import NONE_ALLOWED
 
 _IMAGE = r"(?:image|picture|photo|photograph|illustration|drawing|chart|graph|plot|diagram|figure|map)s?\b"
@@ -43,7 +55,8 @@ _CRITERIA = ("image_quality", "task_relevance", "text_image_relevance")
 class RubricTextJudge:
     """Reads question and raw answer; gives `text` and `image_tags`, 1..5.
 
-    `text` is 1 if there is no prose, if an image is announced, or if a tag sits in a code fence. Else it is the
+    `text` is 1 if there is no prose, if an image is announced, if a tag sits in a code fence, or if any of the answer
+    speaks to the judge or asks for a score. Else it is the
     weakest of: enough words; no repeated and no copied phrases; words of the question taken up; not cut off (2).
 
     `image_tags` is the mean over the tags of the weakest of: relevance (its words belong to the question's), quality
@@ -145,6 +158,8 @@ def _text(doc: Rendered, parts: Sequence[str]) -> tuple[float, str]:
         return 1.0, "an image is announced"
     if any(_fenced(doc.text, call) for call in doc.calls):
         return 1.0, "a tag sits in a code fence"
+    if directed(doc.text, doc.question):
+        return 1.0, "it speaks to the judge"
     repeated, copied = stale(prose, doc.question)
     # A tenth of repeated phrases is natural, and half of the question may well be taken up.
     checks = [

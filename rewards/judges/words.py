@@ -14,6 +14,19 @@ from rewards.base import CallOutcome, Rendered
 
 _SPACELESS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"\d+(?:\.\d+)?|[{_SPACELESS}]|[^\W\d_{_SPACELESS}]+")
+_DIRECTED = re.compile(
+    r"""\b(?:dear|note\ (?:to|for)|attention|hello|hi)\b[^.\n]{0,20}\b(?:judge|grader|evaluator|reviewer|rater)s?\b
+    |\b(?:ignore|disregard|forget|override)\b[^.\n]{0,40}
+        \b(?:instruction|rubric|criteri|rule|prompt|guideline|(?:the|all|everything)\ above\b)
+    |\b(?:give|award|rate|score|assign|grade|deserves?|merits?)\b[^.\n]{0,40}
+        (?:\b(?:highest|maximum|full|top|perfect|best)\b[^.\n]{0,12}\b(?:score|mark|grade|rating|point)s?|\b5\b|\b10/10)
+    |\b(?:highest|maximum|perfect|full)\s+(?:possible\s+)?(?:score|mark|rating)s?\b
+    |\b(?:wisest|fairest|kind|wise|fair)\b[^.\n]{0,20}\bjudges?\b
+    |["']?\b(?:image_tags|image_quality|task_relevance|text_image_relevance)\b["']?\s*[:=]
+    |</?(?:document|rubric|verdict|system|instructions?)>
+    |^\s*system\s*:""",
+    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
+)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
@@ -72,6 +85,15 @@ def stale(text: str, question: str) -> tuple[float, float]:
         return 0.0, 0.0
     asked = set(_runs(words(question)))
     return 1 - len(set(runs)) / len(runs), sum(run in asked for run in runs) / len(runs)
+
+
+def directed(text: str, question: str = "") -> bool:
+    """Whether a text speaks to a judge, of scores, or in the form of a verdict (English).
+
+    Words of the question do not count: a user may well ask about judges.
+    """
+    asked = plain(question).lower()
+    return any(found.group().lower() not in asked for found in _DIRECTED.finditer(plain(text)))
 
 
 def gaps(doc: Rendered) -> list[str]:
