@@ -16,17 +16,17 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input -q install --no-deps
 RUN := .venv/.installed-$(LOCK)
 DEV := .venv/.installed-$(LOCK)-dev
 
-.PHONY: train test test-all lint venv clean
+.PHONY: train test test-all lint fonts venv clean
 
 train: $(RUN)
 	@echo "llmi: training examples/tiny.yaml"
 	@.venv/bin/llmi train examples/tiny.yaml
 
-test: lint
+test: lint fonts
 	@echo "llmi: running all tests but the slow ones"
 	@$(PY) -m pytest -m "not slow"
 
-test-all: lint
+test-all: lint fonts
 	@command -v chromium >/dev/null || { $(call debian,chromium); }
 	@echo "llmi: running all tests"
 	@$(PY) -m pytest
@@ -36,6 +36,12 @@ lint: $(DEV)
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m ruff format --check --quiet .
 	@$(PY) -m mypy
+
+# What charts in any language need (tools/fonts.py): found as matplotlib finds them, whoever installed them.
+fonts: $(RUN)
+	@$(PY) -c 'import sys; from matplotlib.font_manager import findSystemFonts; found = " ".join(findSystemFonts()); \
+	  sys.exit(any(n not in found for n in ("NotoSansThai", "DroidSansFallback", "NanumGothic", "Symbola")))' \
+	  || { $(call debian,fonts-noto-core fonts-droid-fallback fonts-nanum fonts-symbola); }
 
 venv: $(RUN)
 
@@ -64,6 +70,6 @@ $(DEV): $(RUN) requirements/dev.txt
 	@$(PIP) -r requirements/dev.txt
 	@touch $@
 
-# Installs a Debian package, or says that it is needed.
+# Installs Debian packages, or says that they are needed.
 debian = { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends $(1); } >/dev/null 2>&1 \
-	  || { echo "llmi: the system package $(1) (its Debian name) is needed; please install it" >&2; exit 1; }
+	  || { echo "llmi: needed from the system, by the Debian name: $(1); please install" >&2; exit 1; }
