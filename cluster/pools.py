@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -69,6 +69,20 @@ def init_ray() -> bool:
         logging_level="WARNING",
     )
     return True
+
+
+@contextlib.contextmanager
+def serving(config: Config) -> Iterator[str]:
+    """The tool and judge servers of a config alone, for as long as the context lasts; gives the pool's name."""
+    started = init_ray()
+    try:
+        apps = deploy(config, config.name)
+        yield config.name
+        for app in apps:
+            serve.delete(app, _blocking=False)
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def placement(config: Config) -> list[tuple[str, int, Resources]]:

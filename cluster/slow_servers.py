@@ -1,6 +1,6 @@
-"""A tool and a judge that take their time, and a small craft to learn from them: the work of `llmi bench overlap`.
+"""Tools and a judge that take their time, and a small craft to learn from them: the work of `llmi bench overlap`.
 
-Both come in as a user's own would: the tool by the entry point of an installed package, the judge by name.
+They come in as a user's own would: the painter by the entry point of an installed package, the others by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from agent.protocol import format_call
-from agent.spec import ToolSpec
+from agent.spec import PUBLISHED, ToolSpec
 from replay.record import Blob, Prompt
 from rewards.base import Rendered, Verdict
 from rewards.hybrid import IMAGE_CRITERIA, TEXT_CRITERIA
@@ -52,6 +52,21 @@ class Painter:
         buffer = io.BytesIO()
         Image.new("RGB", (32, 32), random.Random(params["prompt"]).getrandbits(24)).save(buffer, "PNG")
         return ToolResult((Blob(buffer.getvalue()),), {"title": params["prompt"]})
+
+
+class Waiting:
+    """A published tool's calls, which take so many seconds and show nothing; the work of `llmi bench tools`."""
+
+    def __init__(self, tool: str, seconds: float) -> None:
+        self.spec, self._seconds = self.describe(tool), seconds
+
+    @classmethod
+    def describe(cls, tool: str, **options: Any) -> ToolSpec:
+        return PUBLISHED[tool]
+
+    def run(self, params: Mapping[str, Any], images: Sequence[Blob]) -> ToolResult:
+        time.sleep(self._seconds)
+        return ToolResult((Blob(repr(sorted(params.items())).encode()),))
 
 
 class Critic:

@@ -72,7 +72,7 @@ class Service:
             raise ValueError(f"{name} needs a key: set the environment variable {key_variable}")
         if not re.fullmatch(r"[!-~]*", key):
             raise ValueError(f"{key_variable} holds characters that no key has")
-        safe = parts.scheme == "https" or _is_here(parts.hostname)
+        safe = parts.scheme == "https" or is_here(parts.hostname)
         self._key = key if safe else ""
         self.downloader = Downloader(Fetcher(max_bytes=MOST_BYTES, timeout_s=timeout_s))
         self._closed = False
@@ -215,7 +215,8 @@ def _seconds(retry_after: str | None, otherwise: float) -> float:
     return float(retry_after) if retry_after and re.fullmatch(r"\d{1,6}(\.\d+)?", retry_after) else otherwise
 
 
-def _is_here(host: str) -> bool:
+def is_here(host: str) -> bool:
+    """Whether a host is this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -17,7 +17,9 @@ from corpus.pictures import Picture
 from replay.record import Blob
 from tools.base import CallFailed
 from tools.base import load as load_tool
-from tools.search import Collection, Hit, SearchTool, collection, stems
+from tools.collection import Collection, collection, entry
+from tools.hits import Hit, stems
+from tools.search import SearchTool
 
 TOOL = SearchTool()
 
@@ -121,7 +123,8 @@ def test_the_hit_comes_with_its_picture_and_provenance() -> None:
     (blob,) = result.images
     assert blob.mime == "image/png"
     assert Image.open(io.BytesIO(blob.data)).size == (240, 180)
-    assert set(result.provenance) == {"title", "caption", "source", "licence", "author", "score", "sha256"}
+    told = {"maker", "title", "caption", "source", "licence", "author", "score", "sha256"}
+    assert set(result.provenance) == told and result.provenance["maker"] == "collection"
     assert result.provenance["sha256"] == blob.sha256
     assert result.provenance["licence"] == "MIT"
     assert json.loads(json.dumps(result.provenance)) == result.provenance
@@ -145,16 +148,23 @@ def test_top_below_one_is_refused(top: int) -> None:
 
 def test_another_provider_can_be_asked() -> None:
     class Web:
-        def search(self, query: str, limit: int) -> list[Hit]:
-            return [Hit(query, "A page.", "a site", "CC0-1.0", "someone", 1.0, Blob(b"x"))][:limit]
+        name, hint = "web", ""
 
-    assert SearchTool(provider=Web()).run({"query": "news"}).provenance["source"] == "a site"
+        def search(self, query: str, limit: int, timeout_s: float) -> list[Hit]:
+            return [Hit(query, "A page.", "a site", "CC0-1.0", "someone", fetch=lambda timeout_s: Blob(b"x"))][:limit]
+
+    assert SearchTool(Web()).run({"query": "news"}).provenance["source"] == "a site"
+
+
+def test_a_provider_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="no provider 'bing'; there are collection, folder, commons, searxng"):
+        SearchTool("bing")
 
 
 def test_equal_scores_keep_the_order_of_the_collection() -> None:
     two = pictures.load()[:2]
     twins = [Picture(p.file, p.title, p.subject, "Same.", p.source, "MIT", "a", "flag") for p in two * 2]
-    first, _ = (hit.title for hit in Collection(twins).search("flag", 2))
+    first, _ = (hit.title for hit in Collection([entry(p) for p in twins]).search("flag", 2))
     assert first == twins[0].title
 
 
