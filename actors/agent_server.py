@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -20,17 +20,24 @@ from fastapi import FastAPI
 from PIL import Image
 from ray import serve
 
-from actors.engine import Engine
-from actors.serving import Outage, ToolClient, last_line
-from agent.answer import Usage, write
-from agent.render import Event, Made
-from agent.service.api import Options, Service, audit, build
+from actors.engine import Engine, Piece
+from actors.serving import JudgeClient, Outage, ToolClient, last_line
+from actors.writer import EngineWriter
+from agent.answer import News, Sampled, Usage, events_of, write
+from agent.render import Made
+from agent.scaling import scaled
+from agent.service.api import build
+from agent.service.core import Options, Service
+from agent.service.edge import audit
 from agent.service.files import Files
 from agent.service.jobs import AgentLost, Question, Refused
 from agent.service.keys import Keys, Limits
 from agent.spec import ToolSpec
+from agent.workshop import CannotWrite, Workshop
 from replay.record import Blob
 from replay.storage import in_bucket
+from rewards.base import JudgeFailed, Rendered, Verdict
+from rewards.expected import Ask, Expected
 from tools.base import CallFailed
 from tools.download import Downloader
 
@@ -50,6 +57,7 @@ class Agent:
         model: folder of the policy: a path or `s3://...`.
         pool: name prefix of the tool servers.
         tools: tool name -> seconds a call may take.
+        judge_s: seconds that a verdict may take.
         document_s: seconds that the calls of a document may take after its text is written.
         specs: the protocol's tools.
         system: system prompt, or "" for none.
@@ -63,16 +71,18 @@ class Agent:
         model: str,
         pool: str,
         tools: Mapping[str, float],
+        judge_s: float,
         document_s: float,
         specs: Mapping[str, ToolSpec],
         system: str,
         sampling: Mapping[str, Any],
         engine: Mapping[str, Any],
     ) -> None:
-        self._specs, self._system, self._sampling = specs, system, dict(sampling)
-        self._document_s = document_s
-        self._tools = {name: ToolClient(pool, name, timeout_s) for name, timeout_s in tools.items()}
+        self._specs, self._document_s = specs, document_s
+        self._tools = _Tools(pool, tools)
+        self._judges = Expected(*(_asks(pool, name, judge_s) for name in ("text", "image")))
         self._engine = Engine(model, 0, engine)
+        self._writer = EngineWriter(self._engine, system, sampling)
         await self._engine.start()
 
     async def check_health(self) -> None:
@@ -83,14 +93,14 @@ class Agent:
         """Answers once the engine is up."""
         return True
 
-    async def write(self, question: Question) -> AsyncGenerator[list[Event | Usage] | str, None]:
+    async def write(self, question: Question) -> AsyncGenerator[list[News] | str, None]:
         """The events of an answer, those of JOIN_S together; a string says why there can be none."""
         from vllm.exceptions import VLLMClientError  # not above: the driver has no need of vLLM
 
-        told: list[Event | Usage] = []
+        told: list[News] = []
         news = asyncio.Event()
 
-        def tell(event: Event | Usage) -> None:
+        def tell(event: News) -> None:
             told.append(event)
             news.set()
 
@@ -106,45 +116,84 @@ class Agent:
                     yield batch
                     await asyncio.wait({task}, timeout=JOIN_S)
             task.result()
-        except VLLMClientError as error:  # too long for the model
+        except (VLLMClientError, CannotWrite) as error:  # too long for the model
             yield f"prompt: {error}"
         finally:
             task.cancel()
             with suppress(BaseException):
                 await task
 
-    async def _write(self, question: Question, tell: Any) -> None:
-        ids = self._engine.chat_ids(self._framed(question.messages))
-        before = self._engine.tokenizer.encode(question.written, add_special_tokens=False)
-        tokens, finish = len(before), "stop"
+    async def _write(self, question: Question, tell: Callable[[News], None]) -> None:
+        if question.scale > 1 and not question.written:  # where another agent was lost, what it wrote is whole
+            await self._scale(question, tell)
+            return
+        told: list[Piece] = []
 
         async def pieces() -> AsyncIterator[str]:
-            nonlocal tokens, finish
-            yield question.written
-            sampling = self._sampling | dict(question.sampling)
-            sampling["max_tokens"] = min(sampling["max_tokens"], self._sampling["max_tokens"]) - len(before)
-            if sampling["max_tokens"] <= 0:
-                return
-            async with aclosing(self._engine.stream(uuid.uuid4().hex, [*ids, *before], sampling)) as stream:
+            writer = self._writer.asked(question.sampling)
+            stream = writer.stream(question.messages, question.written, logprobs=question.learn)
+            async with aclosing(stream):
                 async for piece in stream:
-                    tokens, finish = tokens + piece.tokens, piece.finish or finish
+                    told.append(piece)
                     yield piece.text
 
-        await write(question.text, pieces(), question.given, self._run, self._specs, self._document_s, tell)
-        tell(Usage(len(ids), tokens, finish))
+        await write(question.text, pieces(), question.given, self._tools.run, self._specs, self._document_s, tell)
+        tell(self._usage(question, told))
 
-    def _framed(self, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-        """The conversation under the agent's own system prompt, and the user's after it."""
-        theirs = [m["content"] for m in messages if m["role"] == "system"]
-        system = "\n\n".join(filter(None, [self._system, *theirs]))
-        rest = [m for m in messages if m["role"] != "system"]
-        return [{"role": "system", "content": system}, *rest] if system else rest
+    def _usage(self, question: Question, told: Sequence[Piece]) -> Usage:
+        prompt = self._writer.prompt_ids(question.messages)
+        ids = [token for piece in told for token in piece.token_ids]
+        sampled = None
+        if question.learn and not question.written:  # what another agent began is no sample of this one's
+            sampled = Sampled(prompt, ids, [odds for piece in told for odds in piece.logprobs])
+        return Usage(len(prompt), len(ids), told[-1].finish or "stop", sampled)
 
-    async def _run(self, tool: str, params: Mapping[str, Any], images: Sequence[Blob]) -> Made:
+    async def _scale(self, question: Question, tell: Callable[[News], None]) -> None:
+        seed = question.sampling.get("seed")
+        shop = Workshop(
+            question.messages,
+            question.given,
+            self._writer.asked(question.sampling),
+            self._tools,
+            self._judges,
+            self._specs,
+            self._document_s,
+            random.getrandbits(31) if seed is None else seed,
+        )
+        document = await scaled(shop, question.scale, tell=tell)
+        for event in events_of(document):
+            tell(event)
+        prompt = len(self._writer.prompt_ids(question.messages))
+        tell(Usage(prompt, shop.spent.tokens, "stop" if document.finished else "length"))
+
+
+class _Tools:
+    """The tools of a pool (`agent.workshop.Tools`); one that is down has failed, for nobody tries it again later."""
+
+    def __init__(self, pool: str, timeouts: Mapping[str, float]) -> None:
+        self._clients = {name: ToolClient(pool, name, timeout_s) for name, timeout_s in timeouts.items()}
+
+    async def run(self, tool: str, params: Mapping[str, Any], images: Sequence[Blob]) -> Made:
         try:
-            return await self._tools[tool].run(params, images)
-        except Outage as outage:  # nobody tries it again later
+            return await self._clients[tool].run(params, images)
+        except Outage as outage:
             return Made(failure=str(outage))
+
+
+def _asks(pool: str, name: str, timeout_s: float) -> Ask:
+    """A judge of a pool, as `rewards.expected` asks it."""
+    client = JudgeClient(pool, name, timeout_s)
+
+    async def ask(doc: Rendered) -> Verdict:
+        try:
+            (verdict,) = await client.judge([doc])
+        except Outage as outage:
+            raise JudgeFailed(str(outage)) from outage
+        if isinstance(verdict, str):
+            raise JudgeFailed(verdict)
+        return verdict
+
+    return ask
 
 
 class _Agents:
@@ -162,7 +211,7 @@ class _Agents:
         asked = [asyncio.ensure_future(_answers(self._handles[name])) for name in self.shares]
         return any(await asyncio.gather(*asked))
 
-    async def write(self, policy: str, question: Question) -> AsyncGenerator[Sequence[Event | Usage], None]:
+    async def write(self, policy: str, question: Question) -> AsyncGenerator[Sequence[News], None]:
         response = self._handles[policy].options(stream=True).write.remote(question)
         try:
             async for batch in response:
@@ -197,6 +246,7 @@ class Gateway:
         keep_s: seconds for which.
         deadline_s: seconds that a document may take.
         body_bytes: most of a request.
+        learn: whether documents are kept to be trained on, of those who allow it.
     """
 
     def __init__(
@@ -208,10 +258,11 @@ class Gateway:
         keep_s: float,
         deadline_s: float,
         body_bytes: int,
+        learn: bool,
     ) -> None:
         self._agents = _Agents(agents)
         self._files = Files(folder, keep_s)
-        options = Options(deadline_s, body_bytes, read_picture, _fetcher())
+        options = Options(deadline_s, body_bytes, read_picture, _fetcher(), learn)
         self._service = Service(self._agents, Keys(keys, limits), self._files, options)
         self._sweeping: asyncio.Task[None] | None = None
         if not in_bucket(folder):

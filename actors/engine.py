@@ -60,11 +60,12 @@ class Completion:
 
 
 class Piece(NamedTuple):
-    """More of an answer: its text and number of tokens, and why it ended if this is its last."""
+    """More of an answer: text, tokens, a log-prob for each if asked for; and why it ended if this is its last."""
 
     text: str
-    tokens: int
+    token_ids: Sequence[int]
     finish: str
+    logprobs: Sequence[float] = ()
 
 
 class Engine:
@@ -146,17 +147,20 @@ class Engine:
         return Completion(ids, list(out.logprobs.logprobs)[: len(ids)], versions, out.text, out.finish_reason)
 
     async def stream(
-        self, request: str, prompt_ids: list[int], sampling: Mapping[str, Any]
+        self, request: str, prompt_ids: list[int], sampling: Mapping[str, Any], logprobs: bool = False
     ) -> AsyncGenerator[Piece, None]:
-        """One answer piece by piece as it is sampled. Arguments are those of `complete`."""
+        """One answer piece by piece as it is sampled. Arguments are those of `complete`; log-probs take time."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(output_kind=RequestOutputKind.DELTA, **sampling)
+        more = {"logprobs": 0, "flat_logprobs": True} if logprobs else {}
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA, **more, **sampling)
         async with aclosing(self._outputs(request, prompt_ids, params, self._adapter)) as outputs:
             async for output in outputs:
                 piece = output.outputs[0]
-                yield Piece(piece.text, len(piece.token_ids), piece.finish_reason or "")
+                ids = list(piece.token_ids)
+                odds = list(piece.logprobs.logprobs)[: len(ids)] if logprobs else ()
+                yield Piece(piece.text, ids, piece.finish_reason or "", odds)
 
     async def score(self, request: str, token_ids: list[int]) -> list[float]:
         """Log-probs of all tokens but the first under the engine's weights, at temperature 1, without sampling.

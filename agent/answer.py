@@ -11,6 +11,26 @@ from replay.record import Blob
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stage of test-time scaling is over.
+
+    Attributes:
+        name: one of `agent.scaling.STAGES`.
+        tokens, calls, judged, seconds: what it spent: tokens sampled, calls run, documents scored.
+        score: of the document that it leaves, 0 where it has none yet.
+        changed: what it did, a line each.
+    """
+
+    name: str
+    tokens: int
+    calls: int
+    judged: int
+    seconds: float
+    score: float
+    changed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Document:
     """A finished answer.
 
@@ -20,6 +40,8 @@ class Document:
         calls: every tag in order, malformed ones too.
         blobs: the pictures made, by SHA-256.
         given: the user's own pictures.
+        finished: False if it was cut off at the token limit.
+        scaling: the stages of test-time scaling that it went through.
     """
 
     question: str
@@ -27,11 +49,22 @@ class Document:
     calls: tuple[CallOutcome, ...] = ()
     blobs: Mapping[str, Blob] = field(default_factory=dict)
     given: tuple[Blob, ...] = ()
+    finished: bool = True
+    scaling: tuple[Stage, ...] = ()
 
     @property
     def failures(self) -> int:
         """Tags that did not become a picture."""
         return sum(call.status != "ok" for call in self.calls)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An answer as the policy sampled it, to be trained on: its prompt, its tokens, and a log-prob for each."""
+
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -41,16 +74,22 @@ class Usage:
     Attributes:
         prompt_tokens, tokens: of the question with its frame, and of the answer.
         finish: `stop`, or `length` where the answer was cut off.
+        sampled: where it is wanted, and the text is one sample of the policy's.
     """
 
     prompt_tokens: int
     tokens: int
     finish: str
+    sampled: Sampled | None = None
 
 
-def of_events(question: str, given: Sequence[Blob], events: Iterable[Event | Usage]) -> Document:
+#: What is told of an answer while it is made.
+News = Event | Usage | Stage
+
+
+def of_events(question: str, given: Sequence[Blob], events: Iterable[News]) -> Document:
     """The document as far as the events tell; a call that has not ended has the status `running`."""
-    text, calls, blobs = "", dict[int, CallOutcome](), dict[str, Blob]()
+    text, calls, blobs, stages = "", dict[int, CallOutcome](), dict[str, Blob](), list[Stage]()
     for event in events:
         if isinstance(event, Wrote):
             text += event.text
@@ -59,7 +98,16 @@ def of_events(question: str, given: Sequence[Blob], events: Iterable[Event | Usa
         elif isinstance(event, Ended):
             calls[event.index] = event.outcome
             blobs |= {blob.sha256: blob for blob in event.images}
-    return Document(question, text, tuple(calls[i] for i in sorted(calls)), blobs, tuple(given))
+        elif isinstance(event, Stage):
+            stages.append(event)
+    ordered = tuple(calls[i] for i in sorted(calls))
+    return Document(question, text, ordered, blobs, tuple(given), scaling=tuple(stages))
+
+
+def events_of(document: Document) -> list[News]:
+    """A finished document as it would have been told of; its stages have been."""
+    ended = [Ended(i, c, tuple(document.blobs[s] for s in c.images)) for i, c in enumerate(document.calls)]
+    return [Wrote(document.text), *ended]
 
 
 async def write(

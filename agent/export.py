@@ -65,6 +65,8 @@ def to_json(document: Document) -> dict[str, Any]:
         "question": document.question,
         "text": document.text,
         "calls": [outcome_json(call) for call in document.calls],
+        "finished": document.finished,
+        "scaling": [vars(stage) for stage in document.scaling],
         "given": list(given),
         "images": {sha: data_url(blob) for sha, blob in {**given, **document.blobs}.items()},
     }

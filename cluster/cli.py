@@ -69,6 +69,7 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write: .html, .md or .json")],
     image: Annotated[list[Path] | None, typer.Option(help="a picture of yours; may be given several times")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="of the sampling")] = None,
+    scale: Annotated[int, typer.Option(min=1, max=16, help="tries of everything: more is slower and better")] = 1,
     config: Annotated[
         Path | None, typer.Option(help="YAML config with the tools; by default that of the model's run, or tiny.yaml")
     ] = None,
@@ -79,7 +80,7 @@ def generate(
 
     beside = Path(model).expanduser().parent / "config.yaml"
     run = load(config or (beside if beside.is_file() else EXAMPLE), [])
-    writer.generate(run, policy_folder(run, model), prompt, image or [], seed, output)
+    writer.generate(run, policy_folder(run, model), prompt, image or [], seed, scale, output)
 
 
 @app.command()

@@ -199,6 +199,7 @@ class Serving(Resources):
     deadline_s: float = Field(600.0, gt=0, description="seconds that a document may take")
     folder: str | None = Field(None, description="documents, pictures and the audit log; by default in the run folder")
     keep_days: float = Field(30.0, gt=0)
+    learn: bool = Field(False, description="keep what users allow to be trained on, for `llmi replay gather`")
 
 
 class Kl(_Section):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import io
 import json
 import os
+import random
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,22 +17,32 @@ from pathlib import Path
 from PIL import Image
 
 from actors.engine import Engine
-from agent.answer import Document, write
+from actors.writer import EngineWriter
+from agent.answer import Document, Stage, write
 from agent.export import file_name, to_json, to_markdown, to_page
 from agent.prompt import system_prompt
 from agent.render import Began, Ended, Event, Wrote
-from cluster.config import Config, ConfigError
-from cluster.servers import tool_specs
+from agent.scaling import scaled
+from agent.workshop import Workshop
+from cluster.config import Config, ConfigError, JudgePool
+from cluster.servers import judges, tool_specs
 from replay.record import Blob
 from replay.storage import storage
+from rewards.base import Rendered, Verdict
+from rewards.expected import Ask, Expected
 from tools.local import LocalTools
 
 KINDS = (".html", ".md", ".json")
 FORMATS = ("PNG", "JPEG", "WEBP")  # of the user's pictures
 
 
-def generate(config: Config, folder: str, question: str, images: Sequence[Path], seed: int | None, out: Path) -> None:
+def generate(
+    config: Config, folder: str, question: str, images: Sequence[Path], seed: int | None, scale: int, out: Path
+) -> None:
     """Write one document to `out`, telling of it on the way.
+
+    Args:
+        scale: how often anything may be tried (`agent.scaling`).
 
     Raises:
         ConfigError: the prompt, a picture or `out` cannot be used.
@@ -41,7 +52,7 @@ def generate(config: Config, folder: str, question: str, images: Sequence[Path],
     if out.suffix not in KINDS:
         raise ConfigError(f"{out} has no kind that can be written: end it in {', '.join(KINDS)}")
     given = [read_picture(path) for path in images]
-    document = asyncio.run(_generate(config, folder, question, given, seed))
+    document = asyncio.run(_generate(config, folder, question, given, seed, scale))
     for path in save(document, out):
         print(f"wrote {path}")
 
@@ -81,22 +92,55 @@ def _write(blob: Blob, folder: Path) -> Blob:
     return blob
 
 
-async def _generate(config: Config, folder: str, question: str, given: Sequence[Blob], seed: int | None) -> Document:
-    specs, c = tool_specs(config), config.rollout
+async def _generate(
+    config: Config, folder: str, question: str, given: Sequence[Blob], seed: int | None, scale: int
+) -> Document:
     engine: Engine | None = None
     try:
         with quiet():
-            engine = Engine(folder, 0, c.engine)
+            engine = Engine(folder, 0, config.rollout.engine)
             await engine.start()
-        system = system_prompt(specs) if config.policy.system_prompt == "protocol" else ""
-        sampling = {"max_tokens": c.max_tokens, "temperature": c.temperature, "top_p": c.top_p, "seed": seed}
-        stream = engine.stream(uuid.uuid4().hex, engine.prompt_ids(question, system), sampling)
-        pieces = (piece.text async for piece in stream)
-        with LocalTools({n: (t.use or n, t.options, t.timeout_s) for n, t in config.tools.items()}) as tools:
-            return await write(question, pieces, given, tools.run, specs, config.render.document_s, Told().tell)
+        writer, messages, told = writer_of(config, engine), [{"role": "user", "content": question}], Told()
+        specs, document_s = tool_specs(config), config.render.document_s
+        with local_tools(config) as tools:
+            if scale == 1:
+                pieces = (piece.text async for piece in writer.stream(messages, seed=seed))
+                return await write(question, pieces, given, tools.run, specs, document_s, told.tell)
+            first = random.getrandbits(31) if seed is None else seed
+            shop = Workshop(messages, given, writer, tools, local_judges(config), specs, document_s, first)
+            document = await scaled(shop, scale, tell=told.stage)
+            print(document.text)
+            return document
     finally:
         if engine is not None:
             engine.close()
+
+
+def writer_of(config: Config, engine: Engine) -> EngineWriter:
+    """The engine as the config's agent."""
+    c = config.rollout
+    system = system_prompt(tool_specs(config)) if config.policy.system_prompt == "protocol" else ""
+    return EngineWriter(engine, system, {"max_tokens": c.max_tokens, "temperature": c.temperature, "top_p": c.top_p})
+
+
+def local_tools(config: Config) -> LocalTools:
+    """The config's tools in this process."""
+    return LocalTools({name: (t.use or name, t.options, t.timeout_s) for name, t in config.tools.items()})
+
+
+def local_judges(config: Config) -> Expected:
+    """The config's judges in this process."""
+    return Expected(*(_judge(pool) for pool in judges(config).values()))
+
+
+def _judge(pool: JudgePool) -> Ask:
+    module, _, cls = pool.judge.partition(":")
+    judge = getattr(importlib.import_module(module), cls)(**pool.options)
+
+    async def ask(doc: Rendered) -> Verdict:
+        return await asyncio.to_thread(judge.judge, doc)
+
+    return ask
 
 
 @contextmanager
@@ -142,6 +186,11 @@ class Told:
             self._line(f"[{event.index + 1}] {name} {said}")
             if done.status == "invalid":
                 self._shown = max(self._shown, done.end)
+
+    def stage(self, stage: Stage) -> None:
+        """Show what a stage of test-time scaling did."""
+        cost = f"{stage.tokens} tokens, {stage.calls} calls, {stage.judged} judged, {stage.seconds:.1f} s"
+        self._line(f"{stage.name}: {'; '.join(stage.changed) or 'nothing better'} ({cost})")
 
     def _show(self, end: int) -> None:
         print(self._text[self._shown : end], end="", flush=True)

@@ -72,6 +72,19 @@ def export(
 
 
 @replay_app.command()
+def gather(
+    service: Annotated[str, typer.Argument(help="what a service keeps, such as runs/tiny/service; also s3://...")],
+    uri: Annotated[str, typer.Argument(help="the store to make, for train.store; also s3://...")],
+    samples: Annotated[int, typer.Option(min=2, help="of a group: learner.samples_per_prompt")] = 8,
+) -> None:
+    """Make a store of the questions, documents and thumbs that users allowed to be trained on."""
+    from cluster.gather import gather as make
+
+    found = make(service, uri, samples)
+    print(f"{found.questions} questions in {uri}, {found.answers} with their answers, {found.rated} with a thumb")
+
+
+@replay_app.command()
 def verify(uri: Uri) -> None:
     """Read every byte and count every promise anew; exit status 1 if something is wrong."""
     from cluster import trajectories

@@ -133,6 +133,7 @@ def _gateway(config: Config, policies: Mapping[str, ServedPolicy], keys: Mapping
         keep_s=c.keep_days * 86400,
         deadline_s=c.deadline_s,
         body_bytes=int(c.body_mib * (1 << 20)),
+        learn=c.learn,
     )
 
 
@@ -159,6 +160,7 @@ def _agent(config: Config, name: str, folder: str, pool: str) -> Any:
         model=folder,
         pool=pool,
         tools={name: tool.timeout_s for name, tool in config.tools.items()},
+        judge_s=config.judges.text.timeout_s,
         document_s=config.render.document_s,
         specs=tool_specs(config),
         system=system_prompt(tool_specs(config)) if config.policy.system_prompt == "protocol" else "",

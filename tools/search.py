@@ -63,6 +63,8 @@ class SearchTool:
         """The best pictures for `params["query"]` that can be had; the provenance is the first one's, further ones are
         in `others`.
 
+        `params["rank"]`, which test-time scaling may add, leaves out so many better ones.
+
         Raises:
             CallFailed: the query is empty, nothing is relevant to it, or none of what was found is a picture.
             ServiceFailed: the provider failed, or no server with a picture answered.
@@ -72,7 +74,8 @@ class SearchTool:
             raise CallFailed("the search query is empty: say what the picture shows")
         quoted = repr(query if len(query) <= QUOTED else query[:QUOTED] + "...")
         end = time.monotonic() + self._timeout_s
-        hits = self._provider.search(query, self._top + SPARE, self._timeout_s)
+        rank = int(params.get("rank", 0))
+        hits = self._provider.search(query, rank + self._top + SPARE, self._timeout_s)[rank:]
         if not hits:
             raise CallFailed(f"no picture found for {quoted}: {self._provider.hint}")
         taken, failures = self._take(hits, end)

@@ -3,293 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import json
-import logging
-import random
-import re
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from agent.answer import Document, Usage
-from agent.document import CSS, render_html
-from agent.export import outcome_json, to_markdown, to_page
-from agent.protocol import OPEN
-from agent.render import Began, CallOutcome, Ended, Event, Wrote
+from agent.answer import News, Stage, Usage
+from agent.document import CSS
+from agent.export import outcome_json, to_page
+from agent.render import Began, Ended, Wrote
 from agent.service import chat
-from agent.service.files import Files
-from agent.service.jobs import CANCELLED, DONE, WRITING, Agents, Job, Question
-from agent.service.keys import Forbidden, Keys, TooMuch
+from agent.service.core import Service
+from agent.service.edge import Edge
+from agent.service.jobs import DONE, WRITING, Job, Question
+from agent.service.keys import Forbidden, TooMuch
 from agent.service.live import Live
+from agent.service.problem import Problem
+from agent.service.shapes import Ask, Feedback, Made, ModelList, ModelRow
 from replay.record import Blob
 
 DRAW_S = 0.1  # between two states of a document that is told of as HTML
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"page.css": "text/css", "page.js": "text/javascript"}
-NAMED = 1024  # finished jobs that are followed from memory; older ones come from the files
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "frame-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-audit = logging.getLogger("llmi.audit")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Of a service.
-
-    Attributes:
-        deadline_s: seconds that a document may take.
-        body_bytes: most of a request.
-        picture: reads a picture's bytes, or raises ValueError.
-        fetch: gets a picture from the web, or raises ValueError.
-    """
-
-    deadline_s: float
-    body_bytes: int
-    picture: Callable[[bytes], Blob]
-    fetch: Callable[[str], Blob]
-
-
-class Problem(Exception):
-    """What is told to the client, in the shape of OpenAI's errors."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.after_s = status, kind, after_s
-
-    def response(self) -> Response:
-        """As HTTP."""
-        error = {"message": str(self), "type": self.kind, "param": None, "code": None}
-        headers = {"Retry-After": str(int(self.after_s + 0.999))} if self.after_s else None
-        return JSONResponse({"error": error}, self.status, headers)
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("there is nothing to answer: it is blank")
-    return text
-
-
-class Ask(BaseModel):
-    """A document that is asked for: the prompt, the user's own pictures (data URLs, Base64 or http), and how.
-
-    `stream` tells of it as server-sent events; `background` answers at once with its id, and goes on without a client.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: Annotated[chat.Text, AfterValidator(_not_blank)]
-    images: list[str] = Field([], max_length=chat.MAX_IMAGES)
-    model: str = ""
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stream: bool = False
-    background: bool = False
-    html: bool = Field(False, description="with `stream`: the document as HTML too, as it grows")
-
-
-class Feedback(BaseModel):
-    """What a reader thinks of a document."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    thumb: Literal["up", "down"]
-    comment: str = Field("", max_length=2000)
-
-
-class AnsweredCall(BaseModel):
-    """One tag: `status` is ok, failed or invalid; `images` are SHA-256 of the pictures that it made."""
-
-    source: str
-    description: str
-    params: dict[str, Any]
-    start: int
-    end: int
-    status: str
-    reason: str
-    images: list[str]
-    provenance: dict[str, Any]
-    seconds: float
-
-
-class Made(BaseModel):
-    """A document: `status` is writing, done, failed or cancelled; `images` are addresses by SHA-256."""
-
-    id: str
-    object: str = "document"
-    created: int
-    model: str
-    status: str
-    reason: str
-    prompt: str
-    text: str
-    markdown: str
-    html: str
-    calls: list[AnsweredCall]
-    images: dict[str, str]
-    usage: dict[str, int]
-    feedback: dict[str, Any] | None = None
-
-
-class ModelRow(BaseModel):
-    id: str
-    object: str = "model"
-    created: int
-    owned_by: str = "llmi"
-
-
-class ModelList(BaseModel):
-    object: str = "list"
-    data: list[ModelRow]
-
-
-class Service:
-    """What the routes work with.
-
-    Args:
-        agents: the policies.
-        keys: who may ask.
-        files: what is kept.
-    """
-
-    def __init__(self, agents: Agents, keys: Keys, files: Files, options: Options) -> None:
-        self.agents, self.keys, self.files, self.options = agents, keys, files, options
-        self.started = int(time.time())
-        self._jobs: dict[str, Job] = {}
-
-    def policy(self, asked: str) -> str:
-        """The policy of that name, or one by weight. Raises Problem."""
-        weights = self.agents.weights()
-        if asked in weights:
-            return asked
-        if asked not in ("", "llmi"):
-            raise Problem(404, f"there is no model {asked!r}: here are llmi, {', '.join(weights)}")
-        return random.choices(list(weights), list(weights.values()))[0]
-
-    def begin(self, owner: str, model: str, question: Question) -> Job:
-        """Start a document. Raises Problem."""
-        self.keys.take(owner)
-        try:
-            job = Job(self.policy(model), question, owner)
-        except BaseException:
-            self.keys.give(owner)
-            raise
-        self._jobs[job.id] = job
-        while len(self._jobs) > NAMED and (old := next(iter(self._jobs.values()))).status != WRITING:
-            del self._jobs[old.id]
-        job.task = asyncio.create_task(self._run(job))
-        return job
-
-    async def _run(self, job: Job) -> None:
-        try:
-            await job.run(self.agents, self.options.deadline_s)
-            if job.status != CANCELLED:
-                await asyncio.to_thread(self.files.put_document, job.id, self.row(job) | {"owner": job.owner})
-        finally:
-            self.keys.give(job.owner)
-
-    def row(self, job: Job) -> dict[str, Any]:
-        """A job as the API tells of it."""
-        document = job.document()
-        images = {sha: self.link(blob) for sha, blob in document.blobs.items()}
-        usage = job.usage
-        return Made(
-            id=job.id,
-            created=job.created,
-            model=job.policy,
-            status=job.status,
-            reason=job.reason,
-            prompt=job.question.text,
-            text=document.text,
-            markdown=to_markdown(replace(document, given=()), self.link),  # whoever asks has those
-            html=self.html(job),
-            feedback=job.feedback,
-            calls=[AnsweredCall(**outcome_json(call)) for call in document.calls],
-            images=images,
-            usage={"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.tokens},
-        ).model_dump()
-
-    async def document(self, identity: str, owner: str) -> Document:
-        """A document of this owner's with its pictures. Raises Problem."""
-        if (job := self.job(identity, owner)) is not None:
-            return job.document()
-        row = await self.stored(identity, owner)
-        calls = tuple(CallOutcome(**call | {"images": tuple(call["images"])}) for call in row["calls"])
-        names = {sha: url.rpartition("/")[2] for sha, url in row["images"].items()}
-        found = {sha: await asyncio.to_thread(self.files.picture, name) for sha, name in names.items()}
-        blobs = {sha: blob for sha, blob in found.items() if blob is not None}
-        return Document(row["prompt"], row["text"], calls, blobs)
-
-    def html(self, job: Job) -> str:
-        """The document as it is, with addresses of its pictures, and places for those that are being made."""
-        document = job.document()
-        opened = document.text.rfind(OPEN)  # of a tag that is being written
-        whole = job.status != WRITING or opened < max((call.end for call in document.calls), default=0)
-        text = document.text if whole else document.text[:opened]
-        return render_html(text, document.calls, document.blobs, link=self.link)
-
-    async def rate(self, identity: str, owner: str, feedback: Feedback) -> None:
-        """Keep what a reader thinks of a document. Raises Problem."""
-        row = await self.stored(identity, owner)
-        if row["status"] == WRITING:
-            raise Problem(409, "the document is still being written")
-        row["feedback"] = {**feedback.model_dump(), "at": int(time.time())}
-        if (job := self.job(identity, owner)) is not None:
-            job.feedback = row["feedback"]
-        await asyncio.to_thread(self.files.put_document, identity, row | {"owner": owner})
-
-    def link(self, blob: Blob) -> str:
-        """The address of a picture at this service, which keeps it from then on."""
-        return f"/v1/images/{self.files.put_picture(blob)}"
-
-    def job(self, identity: str, owner: str) -> Job | None:
-        """A document of this owner's that is still in memory."""
-        job = self._jobs.get(identity)
-        return job if job is not None and job.owner == owner else None
-
-    async def stored(self, identity: str, owner: str) -> dict[str, Any]:
-        """A document of this owner's. Raises Problem."""
-        if (job := self.job(identity, owner)) is not None:
-            return self.row(job)
-        row = await asyncio.to_thread(self.files.document, identity)
-        if row is None or row.pop("owner") != owner:  # another's is not there either
-            raise Problem(404, f"there is no document {identity!r}")
-        return row
-
-    def forget(self, identity: str) -> None:
-        """Drop a document that has ended."""
-        self._jobs.pop(identity, None)
-        self.files.forget(identity)
-
-    async def pictures(self, addresses: Sequence[str]) -> tuple[Blob, ...]:
-        """The user's pictures. Raises Problem."""
-        return tuple([await asyncio.to_thread(self._picture, i, url) for i, url in enumerate(addresses)])
-
-    def _picture(self, index: int, address: str) -> Blob:
-        try:
-            if re.match(r"https?://", address):
-                return self.options.fetch(address)
-            data = base64.b64decode(
-                address.partition(",")[2] if address.startswith("data:") else address, validate=True
-            )
-            return self.options.picture(data)
-        except binascii.Error as error:
-            raise Problem(422, f"images.{index}: neither http(s), a data URL nor Base64") from error
-        except ValueError as error:
-            raise Problem(422, f"images.{index}: {error}") from error
 
 
 async def _caller(request: Request, authorization: Annotated[str, Header()] = "") -> str:
@@ -319,7 +64,7 @@ def build(service: Service) -> FastAPI:
     """The application."""
     api = FastAPI(title="llmi", version="1", docs_url=None, redoc_url=None)  # their pages fetch scripts from elsewhere
     api.state.service = service
-    api.add_middleware(_Edge, body_bytes=service.options.body_bytes)
+    api.add_middleware(Edge, body_bytes=service.options.body_bytes)
 
     @api.exception_handler(Problem)
     async def problem(_: Request, error: Problem) -> Response:
@@ -347,7 +92,8 @@ def build(service: Service) -> FastAPI:
         """Write a document."""
         sampling = {} if ask.seed is None else {"seed": ask.seed}
         given = await service.pictures(ask.images)
-        job = service.begin(owner, ask.model, Question(({"role": "user", "content": ask.prompt},), given, sampling))
+        messages = ({"role": "user", "content": ask.prompt},)
+        job = service.begin(owner, ask.model, Question(messages, given, sampling, ask.scale, ask.learn))
         request.state.document = job.id
         if ask.background:
             return JSONResponse(service.row(job), 202)
@@ -403,7 +149,7 @@ def build(service: Service) -> FastAPI:
             raise Problem(422, str(error)) from error
         base = f"{request.url.scheme}://{request.url.netloc}"
         given = await service.pictures(urls)
-        job = service.begin(owner, ask.model, Question(messages, given, ask.sampling()))
+        job = service.begin(owner, ask.model, Question(messages, given, ask.sampling(), ask.scale, bool(ask.store)))
         request.state.document = job.id
         if ask.stream:
             usage = ask.stream_options is not None and ask.stream_options.include_usage
@@ -438,7 +184,7 @@ def build(service: Service) -> FastAPI:
         """A question would be answered now."""
         if not await service.agents.ready():
             raise Problem(503, "no agent is ready yet", "server_error", 5)
-        return {"status": "ok", "models": list(service.agents.weights())}
+        return {"status": "ok", "models": list(service.agents.weights()), "learns": service.options.learn}
 
     @api.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -504,7 +250,7 @@ async def _told(service: Service, job: Job, html: bool = False) -> AsyncIterator
         yield _event("failed", {"id": job.id, "status": job.status, "reason": job.reason})
 
 
-def _row(service: Service, event: Event | Usage) -> tuple[str, dict[str, Any]]:
+def _row(service: Service, event: News) -> tuple[str, dict[str, Any]]:
     if isinstance(event, Wrote):
         return "text", {"text": event.text}
     if isinstance(event, Began):
@@ -512,7 +258,9 @@ def _row(service: Service, event: Event | Usage) -> tuple[str, dict[str, Any]]:
     if isinstance(event, Ended):
         links = [service.link(blob) for blob in event.images]
         return "made", {"index": event.index, **outcome_json(event.outcome), "urls": links}
-    return "usage", vars(event)
+    if isinstance(event, Stage):
+        return "stage", vars(event)
+    return "usage", {"prompt_tokens": event.prompt_tokens, "tokens": event.tokens, "finish": event.finish}
 
 
 async def _pieces(job: Job, link: Callable[[Blob], str]) -> AsyncIterator[str | list[str] | Usage]:
@@ -532,72 +280,3 @@ async def _pieces(job: Job, link: Callable[[Blob], str]) -> AsyncIterator[str | 
 
 def _event(name: str, row: Mapping[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(row, ensure_ascii=False)}\n\n"
-
-
-Message = MutableMapping[str, Any]
-
-
-class _Edge:
-    """ASGI middleware: the size of bodies, request ids, headers that protect, and the audit log."""
-
-    def __init__(self, app: Any, body_bytes: int) -> None:
-        self._app, self._most = app, body_bytes
-
-    async def __call__(
-        self,
-        scope: Message,
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
-    ) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
-        asked = headers.get("x-request-id", "")
-        request_id = asked if _REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
-        state = scope.setdefault("state", {})
-        began, status, got = time.monotonic(), 0, 0
-        too_large = f"the body is larger than the {self._most:,} bytes that are taken"
-
-        async def counted() -> Message:
-            nonlocal got
-            message = await receive()
-            got += len(message.get("body", b""))
-            if got > self._most:
-                raise HTTPException(413, too_large)  # which FastAPI lets through
-            return message
-
-        async def told(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                ours = {
-                    "x-request-id": request_id,
-                    "x-content-type-options": "nosniff",
-                    "referrer-policy": "no-referrer",
-                }
-                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in ours.items())]
-            await send(message)
-
-        length = headers.get("content-length", "0")
-        try:
-            if length.isdigit() and int(length) > self._most:
-                await Problem(413, too_large).response()(scope, receive, told)
-            else:
-                await self._app(scope, counted, told)
-        finally:
-            self._log(scope, state, request_id, status, time.monotonic() - began)
-
-    def _log(self, scope: Message, state: Mapping[str, Any], request_id: str, status: int, seconds: float) -> None:
-        """Who asked for what and what came of it; never what was asked, nor any key."""
-        row = {
-            "at": round(time.time(), 3),
-            "request": request_id,
-            "key": state.get("owner"),
-            "method": scope["method"],
-            "path": scope["path"],
-            "status": status,
-            "seconds": round(seconds, 3),
-            "document": state.get("document"),
-        }
-        audit.info(json.dumps(row))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from agent.answer import Usage
+from agent.scaling import MOST
 
 MAX_IMAGES = 16  # of the user's, in one question
 MAX_CHARACTERS = 200_000  # of one message
@@ -75,6 +76,8 @@ class ChatRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, gt=0)
     max_completion_tokens: int | None = Field(None, gt=0)
+    store: bool | None = None  # may be trained on
+    scale: int = Field(1, ge=1, le=MOST)  # ours: tries of everything
     n: Literal[1] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     response_format: Literal[None] = None

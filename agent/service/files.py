@@ -8,6 +8,7 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from agent.export import EXTENSIONS
@@ -53,16 +54,31 @@ class Files:
         data = self._read(f"images/{name}")
         return None if data is None else Blob(data, MIMES[name[name.index(".") :]])
 
-    def put_document(self, identity: str, row: dict[str, Any]) -> None:
-        """Store a document, or what became of it."""
-        self._storage.replace(f"documents/{identity}.json", json.dumps(row, ensure_ascii=False).encode())
+    def put_document(self, identity: str, row: dict[str, Any], hidden: dict[str, Any]) -> None:
+        """Store a document, or what became of it; `hidden` is what is told to nobody, its `owner` above all."""
+        content = json.dumps({"row": row, "hidden": hidden}, ensure_ascii=False)
+        self._storage.replace(f"documents/{identity}.json", content.encode())
 
-    def document(self, identity: str) -> dict[str, Any] | None:
-        """A stored document, or None."""
+    def document(self, identity: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """A stored document and what is hidden of it, or None."""
         if not _ID.fullmatch(identity):
             return None
         data = self._read(f"documents/{identity}.json")
-        return None if data is None else dict(json.loads(data))
+        if data is None:
+            return None
+        stored = json.loads(data)
+        return stored["row"], stored["hidden"]
+
+    def documents(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """All of them, the oldest first."""
+        for file in sorted(self._storage.files("documents"), key=lambda f: f.name):
+            if (found := self.document(file.name.removesuffix(".json"))) is not None:
+                yield found
+
+    def rate(self, identity: str, feedback: dict[str, Any]) -> None:
+        """Keep what a reader thinks of a stored document."""
+        if (found := self.document(identity)) is not None:
+            self.put_document(identity, found[0] | {"feedback": feedback}, found[1])
 
     def forget(self, identity: str) -> None:
         """Delete a document. Its pictures, which others may show too, go when they are old."""

@@ -7,11 +7,11 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from agent.answer import Document, Usage, of_events
-from agent.render import Began, CallOutcome, Ended, Event, Wrote
+from agent.answer import Document, News, Usage, of_events
+from agent.render import Began, CallOutcome, Ended, Wrote
 from agent.service.files import new_id
 from replay.record import Blob
 
@@ -37,12 +37,16 @@ class Question:
         messages: the conversation, `role` and `content` each; the last one is the user's.
         given: the user's pictures, in order.
         sampling: vLLM's SamplingParams that differ from the service's own.
+        scale: how often anything may be tried (`agent.scaling`); 1 is one answer, told as it is written.
+        learn: it may be trained on, so that its tokens are wanted too.
         written: what another agent wrote of the answer before it was lost; the new one goes on from there.
     """
 
     messages: tuple[Mapping[str, str], ...]
     given: tuple[Blob, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    scale: int = 1
+    learn: bool = False
     written: str = ""
 
     @property
@@ -58,7 +62,7 @@ class Agents(Protocol):
         """Policy -> its share of the questions that ask for none."""
         ...
 
-    def write(self, policy: str, question: Question) -> AsyncGenerator[Sequence[Event | Usage], None]:
+    def write(self, policy: str, question: Question) -> AsyncGenerator[Sequence[News], None]:
         """The events of an answer, several at a time, `question.written` among them.
 
         Raises:
@@ -81,7 +85,7 @@ class Job:
         self.status, self.reason = WRITING, ""
         self.refused = False
         self.feedback: dict[str, object] | None = None
-        self.events: list[Event | Usage] = []
+        self.events: list[News] = []
         self.task: asyncio.Task[None] | None = None
         self._news = asyncio.Condition()
 
@@ -94,7 +98,7 @@ class Job:
         """What there is of the document."""
         return of_events(self.question.text, self.question.given, self.events)
 
-    async def follow(self, seen: int = 0) -> AsyncIterator[Event | Usage]:
+    async def follow(self, seen: int = 0) -> AsyncIterator[News]:
         """Its events from number `seen` on, until its end."""
         while True:
             async with self._news:
@@ -155,20 +159,20 @@ class Job:
 class _Merge:
     """Tells what is new of an answer that is told again from its beginning."""
 
-    def __init__(self, events: Sequence[Event | Usage]) -> None:
+    def __init__(self, events: Sequence[News]) -> None:
         self.text = "".join(e.text for e in events if isinstance(e, Wrote))
         self._again = len(self.text)  # characters that will be told again
         self._began = {e.index for e in events if isinstance(e, Began)}
         self._ended = {e.index for e in events if isinstance(e, Ended)}
 
-    def is_new(self, event: Event | Usage) -> bool:
+    def is_new(self, event: News) -> bool:
         if isinstance(event, Began):
             return event.index not in self._began
         return not isinstance(event, Ended) or event.index not in self._ended
 
-    def cut(self, events: Sequence[Event | Usage]) -> list[Event | Usage]:
+    def cut(self, events: Sequence[News]) -> list[News]:
         """The events, less the text that is known."""
-        out: list[Event | Usage] = []
+        out: list[News] = []
         for event in events:
             if isinstance(event, Wrote) and self._again:
                 known = min(self._again, len(event.text))
@@ -181,4 +185,4 @@ class _Merge:
 
 
 def _with(question: Question, written: str) -> Question:
-    return Question(question.messages, question.given, question.sampling, written)
+    return replace(question, written=written)

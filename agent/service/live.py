@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from agent.answer import Usage
+from agent.answer import News
 from agent.document import strip_marks
 from agent.export import figure
 from agent.protocol import CLOSE, OPEN
-from agent.render import Ended, Event, Wrote
+from agent.render import Ended, Wrote
 from replay.record import Blob
 
 
@@ -25,7 +25,7 @@ class Live:
         self._ended: dict[int, Ended] = {}
         self._next = 0  # the tag that comes next
 
-    def feed(self, event: Event | Usage) -> str:
+    def feed(self, event: News) -> str:
         """What can be sent after this event."""
         if isinstance(event, Wrote):
             self._text += event.text

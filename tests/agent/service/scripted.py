@@ -13,7 +13,7 @@ from PIL import Image
 from agent.answer import Usage, write
 from agent.protocol import format_call
 from agent.render import Event, Made
-from agent.service.api import Options, Service
+from agent.service.core import Options, Service
 from agent.service.files import Files
 from agent.service.jobs import AgentLost, Question, Refused
 from agent.service.keys import Keys, Limits, parse_keys

@@ -13,7 +13,8 @@ import httpx
 import openai
 import pytest
 
-from agent.service.api import Service, build
+from agent.service.api import build
+from agent.service.core import Service
 from agent.service.files import Files
 from agent.service.keys import parse_keys
 from replay.record import Blob
@@ -211,7 +212,7 @@ def test_a_picture_has_a_name_that_its_content_does_not_tell(tmp_path: Path) -> 
 def test_what_is_old_is_swept(tmp_path: Path) -> None:
     files = Files(str(tmp_path), -2 * 86400.0)
     name = files.put_picture(Blob(png()))
-    files.put_document("0" * 32, {})
+    files.put_document("0" * 32, {}, {"owner": "x"})
     files.sweep()
     assert files.picture(name) is None and files.document("0" * 32) is None
 
