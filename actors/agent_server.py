@@ -7,7 +7,6 @@ being written. A tool that is down costs the document a picture, never its text.
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from PIL import Image
 from ray import serve
 
 from actors.engine import Engine, Piece
@@ -39,10 +37,9 @@ from replay.storage import in_bucket
 from rewards.base import JudgeFailed, Rendered, Verdict
 from rewards.expected import Ask, Expected
 from tools.base import CallFailed
-from tools.download import Downloader
+from tools.download import Downloader, clean
+from tools.fetch import Refused as NoPicture
 
-FORMATS = ("PNG", "JPEG", "WEBP")  # of the user's pictures
-MAX_PIXELS = 50_000_000  # of one
 JOIN_S = 0.05  # what happens within it travels together: a message costs more than a token
 READY_S = 5.0
 SWEEP_S = 3600.0
@@ -284,17 +281,11 @@ class Gateway:
 
 
 def read_picture(data: bytes) -> Blob:
-    """A user's picture. Raises ValueError if it is none that can be read."""
+    """A user's picture, of which only the pixels are kept. Raises ValueError if it is none that can be read."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are taken")
-            image.load()
-            return Blob(data, Image.MIME[str(image.format)])
-    except ValueError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many kinds for damaged data; each means the same here
-        raise ValueError(f"this is no {', '.join(FORMATS)} picture that can be read") from error
+        return clean(data)
+    except NoPicture as refused:
+        raise ValueError(str(refused)) from refused
 
 
 def _fetcher() -> Any:

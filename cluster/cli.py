@@ -92,11 +92,20 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8000,
+    write: Annotated[
+        Path | None, typer.Option(help="write this file for `serve deploy` on a cluster, and start nothing")
+    ] = None,
 ) -> None:
     """Answer prompts over HTTP with the trained policy, until Ctrl-C."""
     run = load(config, overrides or [])
     from cluster import serve as service
 
+    if write is not None:
+        from cluster.serve_file import to_yaml
+
+        write.write_text(to_yaml(run, service.served(run, model), host, port))
+        print(f"wrote {write}; `serve deploy {write}` starts it, and again when it has changed")
+        return
     service.serve(run, model, host, port)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import io
 import json
 import os
 import random
@@ -13,8 +12,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from PIL import Image
 
 from actors.engine import Engine
 from actors.writer import EngineWriter
@@ -30,10 +27,11 @@ from replay.record import Blob
 from replay.storage import storage
 from rewards.base import Rendered, Verdict
 from rewards.expected import Ask, Expected
+from tools.download import clean
+from tools.fetch import Refused
 from tools.local import LocalTools
 
 KINDS = (".html", ".md", ".json")
-FORMATS = ("PNG", "JPEG", "WEBP")  # of the user's pictures
 
 
 def generate(
@@ -58,16 +56,11 @@ def generate(
 
 
 def read_picture(path: Path) -> Blob:
-    """A picture of the user's. Raises ConfigError if it is none."""
+    """A picture of the user's, of which only the pixels are kept. Raises ConfigError if it is none."""
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.load()
-            return Blob(data, Image.MIME[str(image.format)])
-    except OSError as error:
-        raise ConfigError(f"--image {path}: no {', '.join(FORMATS)} picture that can be read ({error})") from error
-    except Exception as error:  # Pillow's decoders raise many kinds for damaged data
-        raise ConfigError(f"--image {path}: damaged ({error})") from error
+        return clean(path.read_bytes())
+    except (OSError, Refused) as error:
+        raise ConfigError(f"--image {path}: no picture that can be read ({error})") from error
 
 
 def save(document: Document, out: Path) -> list[Path]:

@@ -40,7 +40,7 @@ def serve(config: Config, model: str | None, host: str, port: int) -> None:
         RunFailed: something did not come up.
     """
     policies = served(config, model)
-    keys = _keys(host)
+    keys = api_keys(host)
     if init_ray():
         _check_port(host, port)
     for number in (signal.SIGINT, signal.SIGTERM):  # Ray has set its own; a shell's background job ignores SIGINT
@@ -75,13 +75,18 @@ def application(
     try:
         if not config.pool:
             owned += deploy(config, pool)
-        owned.append(f"{config.name}-agent")
-        ray_serve.run(_gateway(config, policies, keys, pool), name=owned[-1], route_prefix="/")
+        owned.append(agent_app(config))
+        ray_serve.run(gateway(config, policies, keys, pool), name=owned[-1], route_prefix="/")
         _wait_for_answer(host, port)
         yield f"http://{host}:{port}"
     finally:
         for app in reversed(owned):
             ray_serve.delete(app, _blocking=False)
+
+
+def agent_app(config: Config) -> str:
+    """Name of the application that answers."""
+    return f"{config.name}-agent"
 
 
 def policy_folder(config: Config, model: str | None) -> str:
@@ -105,7 +110,7 @@ def served(config: Config, model: str | None) -> dict[str, ServedPolicy]:
     return {name: p.model_copy(update={"model": policy_folder(config, p.model)}) for name, p in policies.items()}
 
 
-def _keys(host: str) -> dict[str, str]:
+def api_keys(host: str) -> dict[str, str]:
     """Of the environment; a service that others can reach needs some. Raises ConfigError."""
     try:
         keys = parse_keys(os.environ.get(KEYS, ""))
@@ -116,14 +121,20 @@ def _keys(host: str) -> dict[str, str]:
     return keys
 
 
-def _gateway(config: Config, policies: Mapping[str, ServedPolicy], keys: Mapping[str, str], pool: str) -> Any:
+def gateway(config: Config, policies: Mapping[str, ServedPolicy], keys: Mapping[str, str], pool: str) -> Any:
+    """The agents of the policies behind a gateway.
+
+    Args:
+        keys: SHA-256 of each API key -> its name.
+        pool: name prefix of the tool and judge servers.
+    """
     c = config.serve
     deployment: Any = Gateway
     return deployment.options(
         max_ongoing_requests=1000,
         ray_actor_options=actor_options(c),
         health_check_timeout_s=60,
-        graceful_shutdown_timeout_s=2,
+        graceful_shutdown_timeout_s=c.deadline_s,  # one that is replaced ends its documents first
         user_config={name: policy.weight for name, policy in policies.items()},
     ).bind(
         agents={name: _agent(config, name, policy.model, pool) for name, policy in policies.items()},
@@ -154,7 +165,7 @@ def _agent(config: Config, name: str, folder: str, pool: str) -> Any:
         max_ongoing_requests=c.concurrency,
         ray_actor_options=actor_options(c, c.threads),
         health_check_timeout_s=60,
-        graceful_shutdown_timeout_s=2,
+        graceful_shutdown_timeout_s=config.serve.deadline_s,
         **size,
     ).bind(
         model=folder,

@@ -43,14 +43,18 @@ def deploy(config: Config, pool: str) -> list[str]:
         ray.get(ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_start_serve).remote(), timeout=SERVE_S)
     _start_serve()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    targets = [_target(tool_app(pool, name), _tool(name, p)) for name, p in config.tools.items()] + [
-        _target(judge_app(pool, name), _judge(p)) for name, p in judges(config).items()
-    ]
+    targets = [serve.RunTarget(app, name=name, route_prefix=None) for name, app in applications(config, pool).items()]
     try:
         serve.run_many(targets)
     except RuntimeError as error:
         raise RunFailed(f"a tool or judge server of pool {pool!r} did not start: {error}") from error
     return [target.name for target in targets]
+
+
+def applications(config: Config, pool: str) -> dict[str, Any]:
+    """The tool and judge servers of a config by the names of their applications."""
+    tools = {tool_app(pool, name): _tool(name, p) for name, p in config.tools.items()}
+    return tools | {judge_app(pool, name): _judge(p) for name, p in judges(config).items()}
 
 
 def _start_serve() -> None:
@@ -94,10 +98,6 @@ def _shared(pool: ToolPool | JudgePool) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": min(pool.timeout_s, DRAIN_S),
         "graceful_shutdown_wait_loop_s": 0.1,
     }
-
-
-def _target(app: str, deployment: Any) -> serve.RunTarget:
-    return serve.RunTarget(deployment, name=app, route_prefix=None)
 
 
 def judges(config: Config) -> dict[str, JudgePool]:

@@ -2,6 +2,12 @@
 const $ = (id) => document.getElementById(id);
 const PAST = "llmi.past", KEY = "llmi.key", MOST = 100;
 
+// What goes on after each stage of test-time scaling.
+const stages = {
+  candidates: "Checking the answers", checks: "Choosing the best", selection: "Trying other pictures",
+  enhancement: "Polishing the text", polishing: "Finishing",
+};
+
 let chosen = [];      // the user's pictures as data URLs
 let current = null;   // the document that is shown, as the service tells of it
 let asked = null;     // what was asked for it
@@ -68,6 +74,7 @@ async function write(body) {
       if (name === "begun") { current = { id: data.id }; remember(data.id, body.prompt); }
       else if (name === "html") draw(data.html);
       else if (name === "call") { open += 1; say(`${data.source}: ${data.description} ...`); }
+      else if (name === "stage") say(`${stages[data.name] ?? data.name} ...`);
       else if (name === "made") { open -= 1; if (!open) say("Writing ..."); }
       else if (name === "done") { show(data); told = "done"; }
       else if (name === "failed") { told = data.status; throw new Error(data.reason); }
@@ -93,17 +100,24 @@ function busy(is) {
 function show(row) {
   current = row;
   draw(row.html);
-  calls(row.calls);
+  calls(row.calls, row.scaling);
   $("actions").hidden = false;
   for (const thumb of ["up", "down"]) $(thumb).setAttribute("aria-pressed", row.feedback?.thumb === thumb);
 }
 
-function calls(list) {
+function calls(list, scaling) {
   const cost = list.reduce((sum, call) => sum + call.seconds, 0);
   const head = document.createElement("p");
   head.className = "quiet";
   head.textContent = list.length ? `${list.length} calls, ${cost.toFixed(1)} s of tools` : "No tool was called.";
-  $("calls").replaceChildren(head, ...list.map((call) => {
+  const spent = scaling.map((stage) => {
+    const line = document.createElement("p");
+    line.className = "quiet";
+    line.textContent = `${stage.name}: ${stage.changed.join("; ") || "nothing better"} (${stage.tokens} tokens, `
+      + `${stage.calls} calls, ${stage.seconds.toFixed(1)} s)`;
+    return line;
+  });
+  $("calls").replaceChildren(head, ...spent, ...list.map((call) => {
     const box = document.createElement("details"), title = document.createElement("summary"), facts = document.createElement("dl");
     title.textContent = `${call.source}: ${call.description || "a tag"} (${call.status}, ${call.seconds.toFixed(1)} s)`;
     const told = { reason: call.reason, ...call.params, ...call.provenance };
@@ -202,7 +216,9 @@ function toggle(button, part, open = $(part).hidden) {
 $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   if ($("key").value) sessionStorage.setItem(KEY, $("key").value);
-  write({ prompt: $("prompt").value, images: [...chosen] });
+  write({
+    prompt: $("prompt").value, images: [...chosen], scale: Number($("scale").value), learn: $("learn").checked,
+  });
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
@@ -224,3 +240,4 @@ $("get-html").addEventListener("click", async () => {
   else say(`It cannot be had: ${await problem(response)}.`, true);
 });
 list();
+fetch("/readyz").then(async (response) => { $("learn-row").hidden = !(await response.json()).learns; }).catch(() => {});

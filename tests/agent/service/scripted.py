@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from agent.answer import Usage, write
+from agent.answer import News, Sampled, Stage, Usage, write
 from agent.protocol import format_call
 from agent.render import Event, Made
 from agent.service.core import Options, Service
@@ -50,10 +50,12 @@ class Scripted:
     async def ready(self) -> bool:
         return self.is_ready
 
-    async def write(self, policy: str, question: Question) -> AsyncGenerator[Sequence[Event | Usage], None]:
+    async def write(self, policy: str, question: Question) -> AsyncGenerator[Sequence[News], None]:
         self.asked.append(question)
         if "refuse" in question.text:
             raise Refused("the question is too long for the model")
+        if question.scale > 1:
+            yield [Stage("candidates", 20, 2, 2, 0.5, 0.0, (f"{question.scale} answers",))]
         lost_at = self.lost_after.pop(0) if self.lost_after else None
         events: asyncio.Queue[Event | None] = asyncio.Queue()
 
@@ -74,7 +76,7 @@ class Scripted:
             while (event := await events.get()) is not None:
                 yield [event]
             task.result()
-            yield [Usage(7, 11, "stop")]
+            yield [Usage(7, 11, "stop", Sampled([1, 2], [3] * 11, [-0.5] * 11) if question.learn else None)]
         except asyncio.CancelledError:
             self.stopped += 1
             raise
@@ -94,7 +96,7 @@ def fetch(url: str) -> Blob:
     raise ValueError(f"{url} is at a private address")
 
 
-def service(tmp_path: Path, agents: Scripted, keys: str = "", **limits: int) -> Service:
+def service(tmp_path: Path, agents: Scripted, keys: str = "", learn: bool = False, **limits: int) -> Service:
     of_key = Limits(**{"requests_per_minute": 1000, "documents_at_once": 8} | limits)
     files = Files(str(tmp_path), 3600)
-    return Service(agents, Keys(parse_keys(keys), of_key), files, Options(5.0, 1 << 20, read, fetch))
+    return Service(agents, Keys(parse_keys(keys), of_key), files, Options(5.0, 1 << 20, read, fetch, learn))

@@ -326,3 +326,41 @@ def test_the_page_and_its_files_come_from_here_alone(tmp_path: Path) -> None:
     assert [r.status_code for r in (page, css, base, js, other)] == [200, 200, 200, 200, 404]
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert not any("http://" in r.text or "https://" in r.text for r in (page, css, base, js))
+
+
+def test_what_test_time_scaling_did_is_told_and_kept(tmp_path: Path) -> None:
+    events = told(post(tmp_path, {"prompt": "Fish?", "stream": True, "scale": 3}).text)
+    assert ("stage", "candidates") in [(name, row.get("name")) for name, row in events]
+    assert events[-1][1]["scaling"][0]["changed"] == ["3 answers"] and events[-1][1]["scaling"][0]["tokens"] == 20
+    assert post(tmp_path, {"prompt": "Fish?", "scale": 99}).status_code == 422
+
+
+def test_nothing_is_kept_to_be_trained_on_unless_service_and_user_allow_it(tmp_path: Path) -> None:
+    body = {"prompt": "Fish?", "learn": True}
+    refused = ask(service(tmp_path / "a", Scripted()), ("POST", "/v1/documents", body))[0]
+    assert refused.status_code == 422 and "keeps nothing to be trained on" in refused.json()["error"]["message"]
+    here = service(tmp_path / "b", Scripted(), learn=True)
+    allowed, private = ask(here, *[("POST", "/v1/documents", body | {"learn": yes}) for yes in (True, False)])
+    hidden = {row["id"]: kept.get("learn") for row, kept in here.files.documents()}
+    assert hidden[allowed.json()["id"]]["sampled"]["token_ids"] == [3] * 11 and hidden[private.json()["id"]] is None
+    assert "token_ids" not in allowed.text and "owner" not in allowed.text
+
+
+def test_two_hundred_clients_at_once_are_answered_or_told_to_come_back(tmp_path: Path) -> None:
+    async def go() -> list[httpx.Response]:
+        here = service(tmp_path, Scripted(pause_s=0.001), documents_at_once=32)
+        async with client(here) as http:
+            return await asyncio.gather(
+                *(http.post("/v1/documents", json={"prompt": f"Fish {i}?", "stream": i % 2 == 0}) for i in range(200))
+            )
+
+    answers = asyncio.run(go())
+    assert [a.status_code for a in answers].count(200) >= 32
+    for answer in answers:
+        assert answer.status_code == 200 or (answer.status_code == 429 and int(answer.headers["retry-after"]) > 0)
+
+
+def test_a_document_that_takes_too_long_ends_at_its_deadline(tmp_path: Path) -> None:
+    answer = post(tmp_path, {"prompt": "Fish?", "stream": True}, agents=Scripted(pause_s=1.0))
+    name, row = told(answer.text)[-1]
+    assert name == "failed" and row["reason"] == "the document was not done in 5 s"
