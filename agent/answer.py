@@ -104,10 +104,14 @@ def of_events(question: str, given: Sequence[Blob], events: Iterable[News]) -> D
     return Document(question, text, ordered, blobs, tuple(given), scaling=tuple(stages))
 
 
-def events_of(document: Document) -> list[News]:
-    """A finished document as it would have been told of; its stages have been."""
-    ended = [Ended(i, c, tuple(document.blobs[s] for s in c.images)) for i, c in enumerate(document.calls)]
-    return [Wrote(document.text), *ended]
+def events_of(document: Document) -> list[Event]:
+    """A finished document as it would have been told of while it was made."""
+    events: list[Event] = [Wrote(document.text)]
+    for i, call in enumerate(document.calls):
+        if call.status != "invalid":
+            events.append(Began(i, call.source, call.description, call.start, call.end))
+        events.append(Ended(i, call, tuple(document.blobs[sha] for sha in call.images)))
+    return events
 
 
 async def write(

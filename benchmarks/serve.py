@@ -22,7 +22,7 @@ from agent.answer import write
 from agent.protocol import format_call
 from agent.render import Made
 from cluster.cold_start import starting_policy
-from cluster.config import Config, ServedPolicy, ToolPool
+from cluster.config import Config, ServedPolicy, TinyPolicy, ToolPool
 from cluster.console import say
 from cluster.pools import START_S, init_ray
 from cluster.rollout_pair import BareEngine, random_policy
@@ -43,7 +43,7 @@ CLIENTS = {1: 8, 8: 4, 32: 3}  # clients -> documents of each
 SOAK_CLIENTS, SOAK_S = 32, 60.0
 ROUNDS = 3
 AT_ONCE, TOKENS = 8, 96  # requests of a round of the large model, and tokens of each
-LARGE = {"vocab_size": 2048, "hidden_size": 960, "layers": 10, "heads": 15}
+LARGE = TinyPolicy(vocab_size=2048, hidden_size=960, layers=10, heads=15)
 TEXT_S, TOOL_S, PIECES = 4.0, 1.0, 40
 
 
@@ -79,7 +79,7 @@ def _speed(config: Config, port: int) -> dict[str, float]:
     large = config.model_copy(
         update={
             "name": f"{config.name}-large",
-            "policy": config.policy.model_copy(update={"path": None, "tiny": type(config.policy.tiny)(**LARGE)}),  # type: ignore[misc]
+            "policy": config.policy.model_copy(update={"path": None, "tiny": LARGE}),
             "rollout": config.rollout.model_copy(update={"max_tokens": TOKENS}),
             "tools": {},
         }

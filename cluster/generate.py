@@ -15,7 +15,7 @@ from pathlib import Path
 
 from actors.engine import Engine
 from actors.writer import EngineWriter
-from agent.answer import Document, Stage, write
+from agent.answer import Document, Stage, events_of, write
 from agent.export import file_name, to_json, to_markdown, to_page
 from agent.prompt import system_prompt
 from agent.render import Began, Ended, Event, Wrote
@@ -102,7 +102,8 @@ async def _generate(
             first = random.getrandbits(31) if seed is None else seed
             shop = Workshop(messages, given, writer, tools, local_judges(config), specs, document_s, first)
             document = await scaled(shop, scale, tell=told.stage)
-            print(document.text)
+            for event in events_of(document):
+                told.tell(event)
             return document
     finally:
         if engine is not None:

@@ -30,6 +30,7 @@ from replay.storage import in_bucket
 KEYS = "LLMI_API_KEYS"  # of the environment: NAME:KEY,NAME:KEY
 ANSWER_S = 60.0  # the service must answer that soon after everything is up
 REQUEST_S = 600.0  # a request that takes longer is given up
+SURGE = 25  # percent of the replicas, rounded up, that a new version starts before old ones are stopped
 
 
 def serve(config: Config, model: str | None, host: str, port: int) -> None:
@@ -135,6 +136,7 @@ def gateway(config: Config, policies: Mapping[str, ServedPolicy], keys: Mapping[
         ray_actor_options=actor_options(c),
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=c.deadline_s,  # one that is replaced ends its documents first
+        max_surge_percent=SURGE,
         user_config={name: policy.weight for name, policy in policies.items()},
     ).bind(
         agents={name: _agent(config, name, policy.model, pool) for name, policy in policies.items()},
@@ -166,6 +168,7 @@ def _agent(config: Config, name: str, folder: str, pool: str) -> Any:
         ray_actor_options=actor_options(c, c.threads),
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=config.serve.deadline_s,
+        max_surge_percent=SURGE,
         **size,
     ).bind(
         model=folder,

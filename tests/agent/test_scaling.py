@@ -90,11 +90,11 @@ def test_the_expected_reward_is_the_mean_over_what_may_have_been_wanted() -> Non
 
 
 def test_code_that_fails_is_repaired_from_its_error(tools: LocalTools) -> None:
-    wrong = BARS.replace("[1, 2]", "[1]")
+    wrong = BARS.replace("[1, 2]", "values")
     writer = Scripted([f"{WORDS}\n\n{wrong}\n\nThe end of it."], told=[f"Sorry. {BARS}"])
     document = work(tools, writer, 2, ("candidates", "enhancement"))
     assert document.calls[0].status == "ok" and BARS in document.text and "The end of it." in document.text
-    assert "shape mismatch" in writer.asked[0] and "tag again" in writer.asked[0]
+    assert "'values' is not defined" in writer.asked[0] and "tag again" in writer.asked[0]
     assert document.scaling[-1].changed[0].startswith("call 1 (code): written anew, score ")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import signal
@@ -19,6 +20,8 @@ import pytest
 from PIL import Image
 
 from agent.protocol import format_call
+from agent.scaling import STAGES
+from tests.integration.by_heart import by_heart
 from tests.integration.ray_head import ROOT, Head, free_ports, ray_head
 
 LLMI = [sys.executable, "-m", "cluster.cli"]
@@ -67,19 +70,7 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smallest policy, trained on one document until it writes nothing else."""
-    from transformers import AutoTokenizer
-
-    from learners.sft import build_policy, run_sft
-
-    folder = tmp_path_factory.mktemp("policy")
-    build_policy(folder, [f"{QUESTION}\n{TEXT}"] * 20, vocab_size=400, hidden_size=64, layers=2, heads=1)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "user", "content": QUESTION}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    answer = [*tokenizer.encode(TEXT, add_special_tokens=False), tokenizer.eos_token_id]
-    assert run_sft(folder, folder, [(prompt, answer)], lr=1e-2, max_steps=80, docs_per_step=1)["loss"] < 0.02
-    return folder
+    return by_heart(tmp_path_factory.mktemp("policy"), QUESTION, TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +78,7 @@ def service(head: Head, policy: Path, tmp_path_factory: pytest.TempPathFactory) 
     """`llmi serve` on the cluster of the tests, which can so reach into it."""
     port, log = free_ports(1)[0], tmp_path_factory.mktemp("serve") / "log"
     small = ["tools={code: {}, search: {timeout_s: 3}}", "rollout.temperature=0.01", "rollout.engine.max_model_len=256"]
+    small += ["serve.requests_per_minute=100000"]
     command = [*LLMI, "serve", "examples/tiny.yaml", "name=served", *small, "--model", str(policy), "--port", str(port)]
     with open(log, "wb") as out:
         process = subprocess.Popen(command, env=head.env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
@@ -117,6 +109,24 @@ def test_a_prompt_is_answered_with_a_document_and_its_pictures(service: Service)
         data = httpx.get(f"{service.url}{url}", timeout=30, trust_env=False).content
         assert Image.open(io.BytesIO(data)).width > 50
         assert url in document["markdown"]
+
+
+def test_several_tries_of_everything_are_told_of_in_the_document(service: Service) -> None:
+    document = service.ask(prompt=QUESTION, seed=1, scale=2).json()
+    assert [stage["name"] for stage in document["scaling"]] == list(STAGES)
+    assert document["text"] == TEXT and len(document["images"]) == 2
+    assert document["scaling"][0]["tokens"] > 100 and 0.3 < document["scaling"][-1]["score"] <= 1
+
+
+def test_two_hundred_clients_at_once_are_answered_or_told_to_come_back(service: Service) -> None:
+    async def go() -> list[int]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=service.url, timeout=100, limits=limits, trust_env=False) as http:
+            asked = (http.post("/v1/documents", json={"prompt": QUESTION, "seed": i % 4}) for i in range(200))
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    statuses = asyncio.run(go())
+    assert set(statuses) <= {200, 429} and statuses.count(200) >= 32
 
 
 def test_it_says_that_it_is_well(service: Service) -> None:

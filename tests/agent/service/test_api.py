@@ -341,7 +341,7 @@ def test_nothing_is_kept_to_be_trained_on_unless_service_and_user_allow_it(tmp_p
     assert refused.status_code == 422 and "keeps nothing to be trained on" in refused.json()["error"]["message"]
     here = service(tmp_path / "b", Scripted(), learn=True)
     allowed, private = ask(here, *[("POST", "/v1/documents", body | {"learn": yes}) for yes in (True, False)])
-    hidden = {row["id"]: kept.get("learn") for row, kept in here.files.documents()}
+    hidden: dict[str, Any] = {row["id"]: kept.get("learn") for row, kept in here.files.documents()}
     assert hidden[allowed.json()["id"]]["sampled"]["token_ids"] == [3] * 11 and hidden[private.json()["id"]] is None
     assert "token_ids" not in allowed.text and "owner" not in allowed.text
 

@@ -147,13 +147,83 @@ def test_a_hostile_document_runs_nothing(page: Page, agents: Scripted) -> None:
     assert page.evaluate("window.bad") is None and page.get_by_text("<script>window.bad=1").is_visible()
 
 
+def test_an_exported_file_runs_nothing_and_needs_nothing(page: Page, agents: Scripted, tmp_path: Path) -> None:
+    agents.text = f"<script>window.bad=1</script> <img src=x onerror='window.bad=1'>\n\n{TAG}\n\n$x^2$ end"
+    write(page, "</title><script>window.bad=1</script>")
+    expect(page.get_by_role("status")).to_have_text("Done.")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="HTML", exact=True).click()
+    file = tmp_path / "document.html"
+    download.value.save_as(file)
+    asked: list[str] = []
+    alone = page.context.new_page()
+    alone.on("request", lambda r: asked.append(r.url))
+    alone.goto(f"file://{file}")
+    expect(alone.get_by_text("window.bad=1").first).to_be_visible()
+    assert alone.evaluate("window.bad") is None and alone.locator("script").count() == 0
+    assert alone.evaluate("[...document.images].every(i => i.complete && i.naturalWidth)")
+    assert [url for url in asked if not url.startswith("data:")] == [f"file://{file}"]
+    alone.close()
+
+
+def test_more_effort_is_asked_for_and_its_stages_are_listed(page: Page, agents: Scripted) -> None:
+    page.get_by_label("Effort").select_option("best of 3")
+    write(page)
+    expect(page.get_by_role("status")).to_have_text("Done.")
+    page.get_by_role("button", name="Calls").click()
+    expect(page.get_by_text("candidates: 3 answers (20 tokens, 2 calls")).to_be_visible()
+    assert agents.asked[0].scale == 3
+    expect(page.get_by_label("improve the model")).to_be_hidden()
+
+
+def test_everything_has_a_name_and_text_can_be_read_in_light_and_dark(page: Page) -> None:
+    write(page)
+    expect(page.get_by_role("status")).to_have_text("Done.")
+    page.get_by_role("button", name="Good document").click()
+    expect(page.get_by_role("status")).to_have_text("Thank you.")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        assert page.evaluate(WRONG) == []
+
+
+#: Controls without a name, and texts whose contrast is below WCAG's 4.5.
+WRONG = """() => {
+  const named = (e) => e.ariaLabel || e.labels?.[0]?.textContent || e.textContent.trim();
+  const nameless = [...document.querySelectorAll("button, input, select, textarea, a")].filter((e) => !named(e));
+  const pen = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d",
+    { willReadFrequently: true });
+  const rgba = (colour) => {
+    pen.clearRect(0, 0, 1, 1); pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1);
+    return [...pen.getImageData(0, 0, 1, 1).data];
+  };
+  const light = ([r, g, b]) => {
+    const part = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+  };
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const colour = rgba(getComputedStyle(e).backgroundColor);
+      if (colour[3] === 255) return colour;
+    }
+    return [255, 255, 255, 255];
+  };
+  const seen = [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility()
+    && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()));
+  const faint = seen.filter((e) => {
+    const [a, b] = [light(rgba(getComputedStyle(e).color)), light(behind(e))].sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05) < 4.5;
+  });
+  return [...nameless, ...faint].map((e) => e.outerHTML.slice(0, 200));
+}"""
+
+
 def test_it_can_be_used_by_keyboard_alone_and_on_a_phone(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 700})
     names = []
-    for _ in range(5):
+    for _ in range(6):
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
-    assert names == ["skip", "show-history", "prompt", "images", "write"]
+    assert names == ["skip", "show-history", "prompt", "images", "scale", "write"]
     write(page)
     expect(page.get_by_role("status")).to_have_text("Done.")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
