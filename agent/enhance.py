@@ -24,8 +24,9 @@ POLISH = (
 
 async def enhance(shop: Workshop, now: Version, n: int) -> tuple[Version, list[str]]:
     """Each call in turn, in up to `n` ways; and what was changed."""
-    changed = []
-    for i in range(len(now.document.calls)):
+    changed: list[str] = []
+    i = 0
+    while i < len(now.document.calls):  # a tag that nobody could read may go
         call = now.document.calls[i]
         draft = _draft(now)
         tries: list[tuple[Draft, Choices]] = [(draft, {**now.choices, **other}) for other in _others(call, now, n)]
@@ -34,6 +35,7 @@ async def enhance(shop: Workshop, now: Version, n: int) -> tuple[Version, list[s
         if (best := await shop.best(now, tries)) is not now:
             changed.append(_told(i, call, now, best))
             now = best
+        i += 1
     return now, changed
 
 
@@ -69,7 +71,7 @@ async def _anew(shop: Workshop, now: Version, call: CallOutcome, fault: str, n: 
     wrote_on = await shop.drafts([(shop.messages, text[: call.start])] * (n - 1))
     drafts = [*(Draft(t, 0, now.document.finished) for t in dict.fromkeys(mended)), *wrote_on]
     wanted = plan_of(text, shop.specs)
-    return [d for d in drafts if call.status == "invalid" or plan_of(d.text, shop.specs) == wanted]
+    return [d for d in drafts if plan_of(d.text, shop.specs) == wanted]
 
 
 def _tag(answer: str, source: str, shop: Workshop) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from agent.answer import Document, write
-from agent.protocol import Call, parse
+from agent.protocol import Text, parse
 from agent.render import Made
 from agent.spec import PUBLISHED, ToolSpec
 from replay.record import Blob
@@ -195,8 +195,8 @@ def call_key(tool: str, params: Mapping[str, Any]) -> str:
 
 
 def plan_of(text: str, specs: Mapping[str, ToolSpec]) -> Plan:
-    """The tools that an answer calls."""
-    return tuple(s.source for s in parse(text, specs) if isinstance(s, Call))
+    """The tools that an answer calls, or means to call in a malformed tag."""
+    return tuple(s.source for s in parse(text, specs) if not isinstance(s, Text) and s.source in specs)
 
 
 async def _once(text: str) -> AsyncIterator[str]:

@@ -112,6 +112,14 @@ def test_a_policy_that_takes_no_instructions_writes_on_from_the_place_of_the_fai
     assert document.calls[0].status == "ok" and document.text == f"{WORDS}\n\n{FLAG}\n\nThe end of it."
 
 
+def test_a_malformed_tag_is_written_again_or_goes(tools: LocalTools) -> None:
+    repaired = work(tools, Scripted([BROKEN], told=[FLAG]), 2, ("candidates", "enhancement"))
+    assert [c.status for c in repaired.calls] == ["ok"] and repaired.text.count("<imgen>") == 1
+    unreadable = BROKEN.replace("{'source': 'search'}", "flag of Kenya")
+    without = work(tools, Scripted([unreadable], wrote_on=["The end of it."]), 2, ("candidates", "enhancement"))
+    assert without.calls == ()
+
+
 def test_of_several_hits_the_one_that_fits_is_picked(tools: LocalTools) -> None:
     vague = format_call("search", "The flag of Kenya", {"query": "Kenya"})
     first = work(tools, Scripted([GOOD.replace(FLAG, vague)]), 1)

@@ -10,10 +10,11 @@ import pytest
 import ray
 
 from actors.store import StoreActor
-from benchmarks import judges, replay, weights
+from benchmarks import judges, replay, scaling, serve, weights
 from cluster import bench
-from cluster.config import Config
+from cluster.config import Config, TinyPolicy
 from cluster.synchronous import InTurns
+from tests.integration.by_heart import by_heart
 from tests.replay.rows import pending, row
 
 pytestmark = pytest.mark.integration
@@ -91,3 +92,30 @@ def test_this_project_and_trl_train_the_same_small_policy() -> None:
     results = bench.run("trl", Path("examples/tiny.yaml"), small)["results"]
     assert results["samples_vs_trl"] > 0
     assert all(0.4 <= results[f"reward_{who}"] <= 1.0 for who in ("before", "trl", "ours"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_service_is_measured_from_first_token_to_last_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray.shutdown()
+    sizes = {"CLIENTS": {1: 1, 8: 1, 32: 1}, "SOAK_S": 2.0, "ROUNDS": 1, "TOKENS": 16}
+    for name, size in (sizes | {"LARGE": TinyPolicy(vocab_size=512, hidden_size=64, layers=1, heads=1)}).items():
+        monkeypatch.setattr(serve, name, size)
+    small = ["policy.tiny={vocab_size: 512, hidden_size: 64, layers: 1, heads: 1}", "sft.documents=320"]
+    results = bench.run("serve", Path("examples/tiny.yaml"), small)["results"]
+    times = {f"{what}_ms_{n}" for what in ("first_token", "document") for n in (1, 8, 32)}
+    assert times | {"service_vs_engine", "errors_32", "early_dispatch_saving"} <= set(results)
+    assert results["errors_32"] == 0 and results["early_dispatch_saving"] >= 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_stage_of_test_time_scaling_is_measured_alone_and_all_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "SIZES", (2,))
+    policy = by_heart(tmp_path, "What is a fish?", "It swims.")
+    small = [f"policy={{path: {policy}, system_prompt: none}}", "prompts.heldout_count=3"]
+    results = bench.run("scaling", Path("examples/tiny.yaml"), small)["results"]
+    assert {f"reward_{name}_2" for name in ("checks", "selection", "enhancement", "polishing", "all")} < set(results)
+    assert results["reward_all_2"] >= results["reward_one"] and results["tokens_all_2"] > results["tokens_one"]
