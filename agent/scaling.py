@@ -22,7 +22,7 @@ from agent.answer import Document, Stage
 from agent.enhance import enhance, polish
 from agent.protocol import Invalid, parse
 from agent.spec import ToolSpec
-from agent.workshop import CannotWrite, Draft, Plan, Spent, Version, Workshop, plan_of
+from agent.workshop import CannotWrite, Draft, Plan, Version, Workshop, plan_of
 
 STAGES = ("candidates", "checks", "selection", "enhancement", "polishing")
 MOST = 16  # of whatever a stage tries
@@ -41,41 +41,50 @@ async def scaled(
     Raises:
         CannotWrite: not even one answer.
     """
-    told: list[Stage] = []
+    record = _Record(shop, tell)
+    try:
+        return replace(await _through(shop, n, stages, record), scaling=tuple(record.stages))
+    finally:
+        shop.close()
 
-    def over(name: str, before: Spent, version: Version | None, changed: Sequence[str]) -> None:
-        now = shop.spent
-        spent = (now.tokens - before.tokens, now.calls - before.calls, now.judged - before.judged)
-        seconds = round(time.monotonic() - before.at, 3)
-        score = round(version.score, 4) if version else 0.0
-        notes = [f"judged by rules alone: {shop.unjudged}"] if shop.unjudged else []
-        told.append(Stage(name, *spent, seconds, score, (*changed, *notes)))
-        tell(told[-1])
 
-    choosing = "checks" in stages or "selection" in stages
-    before = _mark(shop)
-    drafts = await shop.drafts([(shop.messages, "")] * (n if choosing else 1))
+async def _through(shop: Workshop, n: int, stages: Sequence[str], record: _Record) -> Document:
+    several = "checks" in stages or "selection" in stages
+    drafts = await shop.drafts([(shop.messages, "")] * (n if several else 1))
     if not drafts:
         raise CannotWrite("the question is too long for the model")
     shop.plans = _plans(drafts, shop.specs)
-    over("candidates", before, None, [f"{len({d.text for d in drafts})} different answers of {len(drafts)}"])
-
-    before = _mark(shop)
+    record.over("candidates", 0.0, [f"{len({d.text for d in drafts})} different answers of {len(drafts)}"])
     versions, dropped = await _checked(shop, drafts, "checks" in stages)
     if "checks" in stages:
-        over("checks", before, None, dropped)
-
-    before = _mark(shop)
+        record.over("checks", 0.0, dropped)
     best = await _selected(shop, versions if "selection" in stages else versions[:1])
     if "selection" in stages:
         place = [v.document.text for v in versions].index(best.document.text) + 1
-        over("selection", before, best, [f"answer {place} of {len(versions)}"])
+        record.over("selection", best.score, [f"answer {place} of {len(versions)}"])
     for name, stage in (("enhancement", enhance), ("polishing", polish)):
-        if name in stages and n > 1:
-            before = _mark(shop)
+        if name in stages:
             best, changed = await stage(shop, best, n)
-            over(name, before, best, changed)
-    return replace(best.document, scaling=tuple(told))
+            record.over(name, best.score, changed)
+    return best.document
+
+
+class _Record:
+    """What each stage spent and changed."""
+
+    def __init__(self, shop: Workshop, tell: Callable[[Stage], None]) -> None:
+        self.stages: list[Stage] = []
+        self._shop, self._tell = shop, tell
+        self._before, self._at = replace(shop.spent), time.monotonic()
+
+    def over(self, name: str, score: float, changed: Sequence[str]) -> None:
+        """A stage is over: what was spent since the one before is its."""
+        now, then, at = self._shop.spent, self._before, time.monotonic()
+        spent = (now.tokens - then.tokens, now.calls - then.calls, now.judged - then.judged, round(at - self._at, 3))
+        notes = [f"judged by rules alone: {self._shop.unjudged}"] if self._shop.unjudged else []
+        self.stages.append(Stage(name, *spent, round(score, 4), (*changed, *notes)))
+        self._tell(self.stages[-1])
+        self._before, self._at = replace(now), at
 
 
 async def _checked(shop: Workshop, drafts: Sequence[Draft], drop: bool) -> tuple[list[Version], list[str]]:
@@ -102,7 +111,3 @@ def _plans(drafts: Sequence[Draft], specs: Mapping[str, ToolSpec]) -> dict[Plan,
     """Share of the drafts with each plan."""
     counted = Counter(plan_of(draft.text, specs) for draft in drafts)
     return {plan: count / len(drafts) for plan, count in counted.items()}
-
-
-def _mark(shop: Workshop) -> Spent:
-    return replace(shop.spent, at=time.monotonic())

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from agent.answer import Document, write
@@ -104,7 +103,6 @@ class Spent:
     tokens: int = 0
     calls: int = 0
     judged: int = 0
-    at: float = field(default_factory=time.monotonic)
 
 
 class Workshop:
@@ -169,6 +167,11 @@ class Workshop:
             if other.beats(now):
                 now = other
         return now
+
+    def close(self) -> None:
+        """Stop the calls that still run."""
+        for call in self._made.values():
+            call.cancel()
 
     async def _try(self, draft: Draft, choices: Choices) -> Version:
         return await self.scored(await self.version(draft, choices))

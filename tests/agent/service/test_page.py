@@ -182,7 +182,7 @@ def test_everything_has_a_name_and_text_can_be_read_in_light_and_dark(page: Page
     page.get_by_role("button", name="Good document").click()
     expect(page.get_by_role("status")).to_have_text("Thank you.")
     for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.emulate_media(color_scheme=scheme)
         assert page.evaluate(WRONG) == []
 
 
