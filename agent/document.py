@@ -192,8 +192,13 @@ def _data_url(blob: Blob) -> str:
     return f"data:{blob.mime};base64,{base64.b64encode(blob.data).decode('ascii')}"
 
 
-def render_page(sections: Sequence[str], title: str) -> str:
-    """A whole page of sections; it fetches nothing and runs no script, which its policy enforces too."""
+def render_page(sections: Sequence[str], title: str, heading: bool = True) -> str:
+    """A whole page of sections; it fetches nothing and runs no script, which its policy enforces too.
+
+    Args:
+        heading: whether the title stands on the page too, and not in the browser's frame alone.
+    """
+    head = f"<h1>{_safe(title)}</h1>\n" if heading else ""
     return f"""<!DOCTYPE html>
 <html>
 <head>
@@ -205,8 +210,7 @@ def render_page(sections: Sequence[str], title: str) -> str:
 </head>
 <body>
 <main>
-<h1>{_safe(title)}</h1>
-{"".join(sections)}</main>
+{head}{"".join(sections)}</main>
 </body>
 </html>
 """
@@ -222,7 +226,9 @@ CSS = """
 body { margin: 0; background: var(--page); color: var(--text); font: 1.0625rem/1.6 system-ui, sans-serif }
 main { max-width: 46rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
 h1, h2, h3, h4 { line-height: 1.25; margin: 1.6em 0 .5em; text-wrap: balance }
-main > h1 { margin-top: .5em }
+main > h1, .document > h1:first-child { margin-top: .5em }
+math { font-family: math; font-size: 1.1em }
+mfrac > * { padding-block: .12em }
 a { color: var(--link); overflow-wrap: anywhere }
 .document { overflow-wrap: break-word }
 .document + .document { border-top: 1px solid var(--line); margin-top: 3rem; padding-top: 1rem }

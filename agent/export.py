@@ -17,9 +17,9 @@ EXTENSIONS = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", 
 
 
 def to_page(document: Document) -> str:
-    """A page that fetches nothing and runs nothing."""
+    """A page that fetches nothing and runs nothing. The question heads it, unless the document has a heading itself."""
     section = render_html(document.text, document.calls, document.blobs, document.given)
-    return render_page([section], title_of(document))
+    return render_page([section], title_of(document), heading=not document.text.lstrip().startswith("# "))
 
 
 def title_of(document: Document) -> str:

@@ -66,8 +66,10 @@ def test_json_holds_every_call_and_picture() -> None:
     assert call["provenance"]["page"] == "https://example.org/trout" and call["provenance"]["odd"] == "{1}"
 
 
-def test_a_page_is_headed_by_its_question() -> None:
-    assert "<h1>What do fish do?</h1>" in to_page(document())
+def test_a_page_is_headed_by_its_question_unless_the_document_has_a_heading() -> None:
+    assert "<h1>What do fish do?</h1>" in to_page(Document("What do fish do?", "They swim."))
+    headed = to_page(document())
+    assert headed.count("<h1") == 1 and "<h1>Fish</h1>" in headed and "<title>What do fish do?</title>" in headed
 
 
 def test_formulas_are_drawn_and_prices_are_not() -> None:

@@ -33,6 +33,7 @@ def generate(*args: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_a_document_with_all_its_stages_and_calls_as_json(policy: Path, tmp_path: Path) -> None:
     mine, out = tmp_path / "mine.png", tmp_path / "out.json"
     mine.write_bytes(picture())

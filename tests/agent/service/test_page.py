@@ -147,7 +147,9 @@ def test_a_hostile_document_runs_nothing(page: Page, agents: Scripted) -> None:
     assert page.evaluate("window.bad") is None and page.get_by_text("<script>window.bad=1").is_visible()
 
 
-def test_an_exported_file_runs_nothing_and_needs_nothing(page: Page, agents: Scripted, tmp_path: Path) -> None:
+def test_an_exported_file_runs_nothing_and_needs_nothing(
+    browser: Any, page: Page, agents: Scripted, tmp_path: Path
+) -> None:
     agents.text = f"<script>window.bad=1</script> <img src=x onerror='window.bad=1'>\n\n{TAG}\n\n$x^2$ end"
     write(page, "</title><script>window.bad=1</script>")
     expect(page.get_by_role("status")).to_have_text("Done.")
@@ -156,7 +158,7 @@ def test_an_exported_file_runs_nothing_and_needs_nothing(page: Page, agents: Scr
     file = tmp_path / "document.html"
     download.value.save_as(file)
     asked: list[str] = []
-    alone = page.context.new_page()
+    alone = browser.new_page()
     alone.on("request", lambda r: asked.append(r.url))
     alone.goto(f"file://{file}")
     expect(alone.get_by_text("window.bad=1").first).to_be_visible()
