@@ -50,7 +50,7 @@ async def polish(shop: Workshop, now: Version, n: int) -> tuple[Version, list[st
     drafts = await shop.drafts(tasks * (n - 1))
     same = [(d, now.choices) for d in drafts if _calls(d.text, shop) == _calls(text, shop)]
     best = await shop.best(now, same)
-    return best, [] if best is now else [f"the text, score {now.score:.3f} to {best.score:.3f}"]
+    return best, [] if best is now else [f"the text, {_rise(now, best)}"]
 
 
 def _others(call: CallOutcome, now: Version, n: int) -> list[Choices]:
@@ -96,7 +96,13 @@ def _told(i: int, call: CallOutcome, old: Version, new: Version) -> str:
     same = new.document.text == old.document.text
     choices = [v for k, v in new.choices.items() if old.choices.get(k) != v]
     how = ", ".join(f"{k} {v}" for c in choices for k, v in c.items()) if same else "written anew"
-    return f"call {i + 1} ({call.source}): {how}, score {old.score:.3f} to {new.score:.3f}"
+    return f"call {i + 1} ({call.source}): {how}, {_rise(old, new)}"
+
+
+def _rise(old: Version, new: Version) -> str:
+    if old.score is None or new.score is None:
+        return f"{old.faults} faults to {new.faults}"
+    return f"score {old.score:.3f} to {new.score:.3f}"
 
 
 def _draft(version: Version) -> Draft:

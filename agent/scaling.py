@@ -54,10 +54,10 @@ async def _through(shop: Workshop, n: int, stages: Sequence[str], record: _Recor
     if not drafts:
         raise CannotWrite("the question is too long for the model")
     shop.plans = _plans(drafts, shop.specs)
-    record.over("candidates", 0.0, [f"{len({d.text for d in drafts})} different answers of {len(drafts)}"])
+    record.over("candidates", None, [f"{len({d.text for d in drafts})} different answers of {len(drafts)}"])
     versions, dropped = await _checked(shop, drafts, "checks" in stages)
     if "checks" in stages:
-        record.over("checks", 0.0, dropped)
+        record.over("checks", None, dropped)
     best = await _selected(shop, versions if "selection" in stages else versions[:1])
     if "selection" in stages:
         place = [v.document.text for v in versions].index(best.document.text) + 1
@@ -77,12 +77,12 @@ class _Record:
         self._shop, self._tell = shop, tell
         self._before, self._at = replace(shop.spent), time.monotonic()
 
-    def over(self, name: str, score: float, changed: Sequence[str]) -> None:
+    def over(self, name: str, score: float | None, changed: Sequence[str]) -> None:
         """A stage is over: what was spent since the one before is its."""
         now, then, at = self._shop.spent, self._before, time.monotonic()
         spent = (now.tokens - then.tokens, now.calls - then.calls, now.judged - then.judged, round(at - self._at, 3))
         notes = [f"judged by rules alone: {self._shop.unjudged}"] if self._shop.unjudged else []
-        self.stages.append(Stage(name, *spent, round(score, 4), (*changed, *notes)))
+        self.stages.append(Stage(name, *spent, round(score or 0.0, 4), (*changed, *notes)))
         self._tell(self.stages[-1])
         self._before, self._at = replace(now), at
 

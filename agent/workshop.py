@@ -80,11 +80,11 @@ class Judges(Protocol):
 
 @dataclass(frozen=True)
 class Version:
-    """A rendered document with its score."""
+    """A rendered document with its score; None where it was not judged."""
 
     document: Document
     choices: Choices
-    score: float
+    score: float | None = None
 
     @property
     def faults(self) -> int:
@@ -92,7 +92,9 @@ class Version:
         return self.document.failures + sum(len(c.provenance.get("warnings", ())) for c in self.document.calls)
 
     def beats(self, other: Version) -> bool:
-        """Whether it is better: a higher score, or the same with fewer faults."""
+        """Whether it has a higher score, or the same with fewer faults; by faults alone if one was not judged."""
+        if self.score is None or other.score is None:
+            return self.faults < other.faults
         return (round(self.score, 6), -self.faults) > (round(other.score, 6), -other.faults)
 
 
@@ -150,10 +152,10 @@ class Workshop:
 
         question = self.messages[-1]["content"]
         document = await write(question, _once(draft.text), self.given, run, self.specs, self._document_s)
-        return Version(replace(document, finished=draft.finished), chosen, 0.0)
+        return Version(replace(document, finished=draft.finished), chosen)
 
     async def scored(self, version: Version) -> Version:
-        """With its score; 0 where the judges give none, so that faults alone decide."""
+        """With its score, if the judges give one."""
         self.spent.judged += 1
         try:
             return replace(version, score=await self._judges.score(version.document, self.plans))

@@ -69,7 +69,7 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write: .html, .md or .json")],
     image: Annotated[list[Path] | None, typer.Option(help="a picture of yours; may be given several times")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="of the sampling")] = None,
-    scale: Annotated[int, typer.Option(min=1, max=16, help="tries of everything: more is slower and better")] = 1,
+    scale: Annotated[int, typer.Option(help="tries of everything, 1 to 16: more is slower and better")] = 1,
     config: Annotated[
         Path | None, typer.Option(help="YAML config with the tools; by default that of the model's run, or tiny.yaml")
     ] = None,

@@ -19,7 +19,7 @@ from agent.answer import Document, Stage, events_of, write
 from agent.export import file_name, to_json, to_markdown, to_page
 from agent.prompt import system_prompt
 from agent.render import Began, Ended, Event, Wrote
-from agent.scaling import scaled
+from agent.scaling import MOST, scaled
 from agent.workshop import Workshop
 from cluster.config import Config, ConfigError, JudgePool
 from cluster.servers import judges, tool_specs
@@ -43,10 +43,12 @@ def generate(
         scale: how often anything may be tried (`agent.scaling`).
 
     Raises:
-        ConfigError: the prompt, a picture or `out` cannot be used.
+        ConfigError: the prompt, a picture, `scale` or `out` cannot be used.
     """
     if not question.strip():
         raise ConfigError("the prompt is blank: say what the document is to be about")
+    if not 1 <= scale <= MOST:
+        raise ConfigError(f"--scale is {scale}: give 1 to {MOST}")
     if out.suffix not in KINDS:
         raise ConfigError(f"{out} has no kind that can be written: end it in {', '.join(KINDS)}")
     given = [read_picture(path) for path in images]
