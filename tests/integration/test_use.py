@@ -31,12 +31,14 @@ def test_a_run_goes_on_from_the_questions_and_thumbs_of_a_service(tiny: Callable
     asyncio.run(use())
     store = str(tmp_path / "store")
     assert gather(str(tmp_path / "service"), store, 4).rated == 3
-    config = tiny("used", f"train.store={store}", "learner.steps=1")
+    config = tiny("used", f"train.store={store}")
     summary = train(config)
-    assert summary["steps"] == 1 and summary["trajectories_lost"] == 0 and summary["trajectories_trained"] == 12
+    assert summary["steps"] == 2 and summary["trajectories_lost"] == 0 and summary["trajectories_trained"] == 24
     view = View(f"{config.folder}/replay")
     trained = [name for name, (status, _) in view.ends("train").items() if status == "trained"]
-    rows = view.get(sorted(trained), ["question", "worker", "reward"]).to_pylist()
-    served = [row["reward"] for row in rows if row["worker"] == "service"]
-    assert {row["question"] for row in rows} == {f"Show the flag of Peru, {i}." for i in range(3)}
-    assert served == [1.0, 0.0, 1.0]
+    rows = view.get(trained, ["question", "worker", "reward"]).to_pylist()
+    served = {row["question"]: row["reward"] for row in rows if row["worker"] == "service"}
+    thumbs = {f"Show the flag of Peru, {i}.": reward for i, reward in enumerate((1.0, 0.0, 1.0))}
+    assert served and served.items() <= thumbs.items()
+    for question in served:  # the others of its group are the run's own
+        assert [row["worker"] for row in rows if row["question"] == question].count("rollout-0") == 3
