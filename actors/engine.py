@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from actors.buckets import Bucket, Reader, tensors
 from replay.folders import fetched
+from tools.tether import tie
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # pinned cores fight with everything else on the node
@@ -93,7 +94,7 @@ class Engine:
             "model": fetched(model),
             "logprobs_mode": "processed_logprobs",  # those that were sampled from
             "weight_transfer_config": {"backend": TRANSFERS[weights]},
-            "worker_extension_cls": "actors.weight_transfer.WorkerExtension",
+            "worker_extension_cls": "actors.weight_transfer.WorkerExtension",  # which is a tether's, too
             "enable_log_requests": False,
         }
         if weights == "ipc":  # its handles reach the engine's process as pickles
@@ -102,6 +103,7 @@ class Engine:
         self.mapped_at = 0.0  # when the engine's process had mapped the newest weights (`time.monotonic`)
         self._adapter: _Adapter | None = None
         self._adapters = 0  # that there have been
+        tie()
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**(ours | ({} if torch.cuda.is_available() else cpu) | dict(options)))
         )

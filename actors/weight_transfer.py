@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from actors.buckets import Piece, Plain, Reader, tensors
+from tools import tether
 
 BACKEND = "llmi_host"
 _READER = Reader()  # of this process
@@ -139,7 +140,7 @@ if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, HostEngine)
 
 
-class WorkerExtension:
+class WorkerExtension(tether.WorkerExtension):
     """Handed to vLLM as `worker_extension_cls`: importing it registers the backend in the worker's process."""
 
     def map_weights(self, buckets: list[Plain]) -> float:

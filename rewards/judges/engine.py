@@ -18,6 +18,7 @@ from rewards.base import JudgeFailed
 from rewards.judges.answers import Answer, Token, TooLong, refused
 from rewards.judges.content import as_pillow
 from rewards.judges.model import Asked, Message
+from tools.tether import tie
 
 LIKELY = 20  # tokens in the place of each whose log-probs are told: vLLM's own limit
 START_S = 1800.0  # loading the largest weights
@@ -45,6 +46,7 @@ class Engine:
         cpu = {"distributed_executor_backend": executor, "enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}
         cpu |= {"enable_chunked_prefill": False}  # a chunk of a seeded request ends in an error there
         ours = {"model": fetched(model), "enable_prefix_caching": True, "enable_log_requests": False}
+        ours |= {"worker_extension_cls": tie()}
         ours |= {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
         if images:
             ours["limit_mm_per_prompt"] = {"image": images, "video": 0}
