@@ -103,7 +103,7 @@ class RubricImageJudge:
             raise JudgeFailed(f"picture {missing[0][:12]} is not among the document's blobs: fill Rendered.blobs")
         rows, reasons = _rate_pictures(doc, made, {sha: look(pool[sha]) for _, sha in made})
         scores = [1 + 4 * sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        why = "; ".join(reasons) or f"{len(rows)} pictures opened"
+        why = "; ".join(reasons) or "every picture opens"
         return Verdict(dict(zip(_CRITERIA, scores, strict=True)), dict.fromkeys(_CRITERIA, why))
 
 
