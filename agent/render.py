@@ -68,7 +68,7 @@ class Made:
 Run = Callable[[str, Mapping[str, Any], Sequence[Blob]], Awaitable[Made]]
 
 #: What is told of a picture that another one was made from.
-_ORIGIN = ("title", "author", "licence", "url", "page", "source", "maker", "model", "given")
+_ORIGIN = ("title", "author", "licence", "url", "page", "fetched", "source", "maker", "model", "given")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,8 @@ from tools.sandbox import FRAME, Reply, Sandbox
 
 _MAX_CODE = 256 << 10  # characters
 _MAX_PIXELS = 16_000_000  # a figure
-_MAX_WARNING, _MOST_WARNINGS = 200, 16  # characters, and sentences: the code may have sent them itself
+_MAX_REASON = 400  # characters, as in tools/zygote.py: what comes may be the code's own doing
+_MAX_WARNING, _MOST_WARNINGS = 200, 16  # characters, and sentences
 #: The least that is asked of a machine; seccomp and limits are always there, or no code is run.
 REQUIRED = ("files", "network", "processes")
 _log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class CodeTool:
         require: Sequence[str] = REQUIRED,
     ):
         self._timeout_s, self._memory_mib, self._max_bytes = timeout_s, memory_mib, max_output_bytes
+        self._max_figures = max_figures
         self._options = {
             "memory_mib": memory_mib,
             "cpu_s": int(timeout_s) + 2,  # of all its threads; one thread is stopped by the wall time before
@@ -105,7 +108,7 @@ class CodeTool:
         if reply.stopped == "size":
             raise CallFailed(f"the figures take more than {self._max_bytes / 2**20:g} MiB: draw fewer or smaller ones")
         try:
-            answer = parse(reply.frames)
+            answer = parse(reply.frames, self._max_figures)
         except ValueError as error:
             raise CallFailed(f"the code wrote into the channel that carries its figures ({error})") from error
         if reason := answer.reason:
@@ -129,8 +132,11 @@ class Answer:
     warnings: list[str] = field(default_factory=list)
 
 
-def parse(frames: bytes | bytearray) -> Answer:
-    """Read a child's frames.
+def parse(frames: bytes | bytearray, most: int = 8) -> Answer:
+    """Read a child's frames, which the code in it may have written itself.
+
+    Args:
+        most: figures that there may be.
 
     Raises:
         ValueError: they are not what the zygote writes.
@@ -145,10 +151,12 @@ def parse(frames: bytes | bytearray) -> Answer:
         if kind not in b"CFEWD" or at > len(frames):
             raise ValueError(f"unknown frame {kind!r}" if kind not in b"CFEWD" else "half a frame")
         if kind == b"F":
+            if len(answer.figures) == most:
+                raise ValueError(f"more than {most} figures")
             _check_png(payload)
             answer.figures.append(payload)
         elif kind == b"E":
-            answer.reason = payload.decode()
+            answer.reason = payload[: 4 * _MAX_REASON].decode(errors="replace")[:_MAX_REASON]
         elif kind == b"W" and len(answer.warnings) < _MOST_WARNINGS:
             answer.warnings.append(payload.decode()[:_MAX_WARNING])
         elif kind == b"D":
@@ -156,13 +164,39 @@ def parse(frames: bytes | bytearray) -> Answer:
     return answer
 
 
+#: What matplotlib's pictures consist of, and how many channels each colour type has.
+_CHUNKS, _CHANNELS = (b"IHDR", b"PLTE", b"tRNS", b"pHYs", b"IDAT", b"IEND"), {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_CHUNK = struct.Struct("!I4s")
+
+
 def _check_png(data: bytes) -> None:
-    """The code may have sent it itself: what follows trusts its size."""
-    if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
+    """A PNG of pixels and nothing else: whole, without text, profile or anything behind its end, and no bomb."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
         raise ValueError("a figure is not a PNG")
-    width, height = struct.unpack("!II", data[16:24])
+    chunks: dict[bytes, bytes] = {}
+    at = 8
+    while at < len(data) and b"IEND" not in chunks:
+        if len(data) < at + _CHUNK.size + 4:
+            raise ValueError("a figure is half a PNG")
+        size, kind = _CHUNK.unpack_from(data, at)
+        end = at + _CHUNK.size + size
+        if kind not in _CHUNKS or data[end : end + 4] != struct.pack("!I", zlib.crc32(data[at + 4 : end])):
+            raise ValueError("a figure holds more than a picture, or a broken one")
+        chunks[kind] = chunks.get(kind, b"") + data[at + _CHUNK.size : end]
+        at = end + 4
+    if b"IEND" not in chunks or at != len(data) or len(chunks.get(b"IHDR", b"")) != 13:
+        raise ValueError("a figure does not end where it should")
+    width, height, depth, colour, *_, interlaced = struct.unpack("!IIBBBBB", chunks[b"IHDR"])
     if not 0 < width * height <= _MAX_PIXELS:
         raise ValueError(f"a figure of {width} x {height} pixels")
+    wanted = height * (1 + (width * _CHANNELS.get(colour, 0) * depth + 7) // 8)
+    unpacking = zlib.decompressobj()
+    try:
+        unpacked = len(unpacking.decompress(chunks.get(b"IDAT", b""), wanted + 1))
+    except zlib.error as error:
+        raise ValueError("a figure's pixels are broken") from error
+    if interlaced or unpacked != wanted:
+        raise ValueError("a figure has more or fewer pixels than it says")
 
 
 def _ending(exit_code: int) -> str:

@@ -1,9 +1,9 @@
 """What a process that runs model-written code may not do, made with what every Linux user has: no root, no packages.
 
 After `confine` the process has no capability, starts no process, opens no socket, signals, traces and reschedules
-nobody else, changes no file's owner or mode (seccomp), and sees only the folders it is given (Landlock, where the
-kernel has it). None of this can be undone by the process. Only the standard library is imported here, because the
-zygote loads this file by its path.
+nobody else, not through the owner of a pipe either, changes no file's owner or mode (seccomp), and sees only the
+folders it is given (Landlock, where the kernel has it). None of this can be undone by the process. Only the standard
+library is imported here, because the zygote loads this file by its path.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "process_vm_writev": (311, 271),
     "process_madvise": (440, 440),
     "kcmp": (312, 272),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
     "setpriority": (141, 140),
     "ioprio_set": (251, 30),
     "sched_setscheduler": (144, 119),
@@ -61,8 +63,16 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
     "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
     "semget": (64, 190),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "semctl": (66, 191),
     "mq_open": (240, 180),
     "add_key": (248, 217),
     "request_key": (249, 218),
@@ -80,8 +90,15 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
+    "syslog": (103, 116),
+    "fanotify_init": (300, 262),
     "name_to_handle_at": (303, 264),
     "open_by_handle_at": (304, 265),
+    # what all processes of a user or of the machine share
+    "sync": (162, 81),
+    "syncfs": (306, 267),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
     # changes to files that Landlock does not see
     "chmod": (90, None),
     "fchmod": (91, 52),
@@ -106,15 +123,17 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "futimesat": (261, None),
 }
 # Calls that depend on an argument: clone (only threads), tgkill (only oneself, and not SIGKILL, which tells of the
-# kernel's out-of-memory killer), prlimit64 (only oneself); and clone3, whose arguments a filter cannot read, so that
-# the C library falls back to clone.
+# kernel's out-of-memory killer), prlimit64 (only oneself), fcntl and ioctl (not to name the process that a file
+# signals); and clone3, whose arguments a filter cannot read, so that the C library falls back to clone.
 _BY_ARGUMENT = {"clone": (56, 220), "clone3": (435, 435), "tgkill": (234, 131), "prlimit64": (302, 261)}
+_BY_COMMAND = {"fcntl": (72, 25), "ioctl": (16, 29)}
+_COMMANDS = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902, 0x5412)}  # F_SETOWN and its kin; FIOSETOWN, TIOCSTI
 _CLONE_THREAD = 0x10000
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
 
 _LOAD, _EQUAL, _AT_LEAST, _BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # classic BPF
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCH, _FIRST, _THIRD = 0, 4, 16, 32  # offsets in struct seccomp_data: two of the arguments
+_NUMBER, _ARCH, _FIRST, _SECOND, _THIRD = 0, 4, 16, 24, 32  # offsets in struct seccomp_data: arguments
 
 
 def _call(result: int, what: str) -> int:
@@ -219,6 +238,10 @@ def _filter(pid: int) -> bytes:
             steps += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, denied)]
     steps += [(_EQUAL, 0, 3, _BY_ARGUMENT["tgkill"][column]), (_LOAD, 0, 0, _THIRD), (_EQUAL, 0, 1, signal.SIGKILL)]
     steps += [(_RETURN, 0, 0, denied), (_LOAD, 0, 0, _NUMBER)]
+    for name, commands in _COMMANDS.items():
+        steps += [(_EQUAL, 0, 2 * len(commands) + 2, _BY_COMMAND[name][column]), (_LOAD, 0, 0, _SECOND)]
+        steps += [step for command in commands for step in ((_EQUAL, 0, 1, command), (_RETURN, 0, 0, denied))]
+        steps += [(_LOAD, 0, 0, _NUMBER)]
     own = {"clone": (_BITS, _CLONE_THREAD), "tgkill": (_EQUAL, pid), "prlimit64": (_EQUAL, 0)}
     for name, (test, value) in own.items():
         steps += [(_EQUAL, 0, 4, _BY_ARGUMENT[name][column]), (_LOAD, 0, 0, _FIRST), (test, 0, 1, value)]

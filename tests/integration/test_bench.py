@@ -10,12 +10,13 @@ import pytest
 import ray
 
 from actors.store import StoreActor
-from benchmarks import judges, replay, scaling, serve, weights
+from benchmarks import judges, replay, scaling, serve, tools, weights
 from cluster import bench
-from cluster.config import Config, TinyPolicy
+from cluster.config import Config, TinyPolicy, load
 from cluster.synchronous import InTurns
 from tests.integration.by_heart import by_heart
 from tests.replay.rows import pending, row
+from tests.security import code_attacks, web_attacks
 
 pytestmark = pytest.mark.integration
 
@@ -43,6 +44,21 @@ def test_weights_take_both_ways_to_a_real_engine(
     rates = {"memcpy_gb_s", "shm_gb_s", "object_store_gb_s"}
     assert set(results) == rates | {"shm_vs_memcpy", "update_s", "pause_s", "mb"}
     assert all(value > 0 for value in results.values()) and results["pause_s"] < results["update_s"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_tool_servers_are_measured_and_attacked(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in {"ROUNDS": 2, "CHARTS": 4, "PAIRS": 5, "DOCUMENTS": 1}.items():
+        monkeypatch.setattr(tools, name, size)
+    monkeypatch.setattr(code_attacks, "ATTACKS", {"fork": code_attacks.ATTACKS["fork"]})
+    monkeypatch.setattr(web_attacks, "ATTACKS", web_attacks.ATTACKS[:3])
+    results = tools.run(load("examples/tiny.yaml", [f"run_dir={tmp_path}", *tools.OVERRIDES]))
+    assert results["attacks_tried"] == results["attacks_contained"] == 4
+    assert results["chart_vs_fresh_python"] > 1 and results["charts_per_s"] > 0
+    assert 0 < results["document_overhead_s"] < 5 and results["server_overhead_ms"] > 0
 
 
 def test_stages_that_take_turns_wait_for_the_last_document_before_them(local_ray: None, tmp_path: Path) -> None:

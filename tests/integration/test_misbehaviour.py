@@ -50,6 +50,14 @@ class Moody:
             raise OSError("the disk hiccuped")
         return ToolResult((Blob(b"picture of " + mood.encode()),), {"title": mood})
 
+class Patient:
+    """A tool that needs another call's picture, and its time."""
+    spec = ToolSpec("patient", {"img_index": int}, "for tests", ("img_index",))
+
+    def run(self, params, images):
+        time.sleep(0.8)
+        return ToolResult((Blob(images[0].data + b"!"),))
+
 class Judge:
     """A judge that does what the document's text says."""
     name, sees_images = "moody", False
@@ -72,6 +80,10 @@ def moody(mood: str) -> str:
     return format_call("moody", "d", {"mood": mood})
 
 
+DOCUMENT_S = 8.0
+#: Each call within its time, and all of them not within the document's: what is there in time is not made again.
+LONG = moody("good") + "".join(format_call("patient", "d", {"img_index": i}) for i in range(12))
+
 #: document -> (how it must end, part of the reason).
 DOCUMENTS = {
     "": ("scored", ""),
@@ -83,6 +95,7 @@ DOCUMENTS = {
     f"garbage {moody('garbage')}": ("dropped_data", "without a picture"),
     f"empty {moody('empty')}": ("dropped_data", "without a picture"),
     f"late {moody('late')}": ("dropped_data", "did not answer in 1 s"),
+    f"long {LONG}": ("scored", ""),
     "judge: nothing": ("set_aside_judge", "answered NoneType"),
     "judge: garbage": ("set_aside_judge", "wanted a number from 1 to 5"),
     "judge: refuse": ("set_aside_judge", "cannot read this"),
@@ -97,7 +110,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     info = tmp_path / "outside_llmi-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-llmi\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[llmi.tools]\nmoody = outside_llmi:Moody\n")
+    (info / "entry_points.txt").write_text("[llmi.tools]\nmoody = outside_llmi:Moody\npatient = outside_llmi:Patient\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.getcwd()]))
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
@@ -111,7 +124,8 @@ def test_every_document_ends_and_only_its_own_failures_are_its_own(outside: None
             "name": "moody",
             "run_dir": str(tmp_path),
             "policy": {"path": "unused"},
-            "tools": {"moody": {"timeout_s": 1, "concurrency": 32}},
+            "tools": {name: {"timeout_s": 1, "concurrency": 32} for name in ("moody", "patient")},
+            "render": {"document_s": DOCUMENT_S},
             "judges": {k: {"judge": "outside_llmi:Judge", "timeout_s": 20} for k in ("text", "image")},
             "learner": {"steps": 1, "prompts_per_step": 1, "samples_per_prompt": 2, "lr": 1},
         }
@@ -130,8 +144,9 @@ def test_every_document_ends_and_only_its_own_failures_are_its_own(outside: None
     assert [c["status"] for c in calls[3]] == ["failed", "ok"]
     assert calls[3][0]["reason"] == "not in the mood"
     assert [c["status"] for c in calls[4]] == ["ok", "invalid"]
+    assert [c["status"] for c in calls[list(DOCUMENTS).index(f"long {LONG}")]] == ["ok"] * 13
     totals = ray.get(pools.renderers[0].ping.remote())
-    assert totals["infrastructure"] == 3 * MAX_OUTAGES
+    assert totals["infrastructure"] == 3 * MAX_OUTAGES + 1  # ... and the long document's first try
     pools.stop()
 
 

@@ -8,8 +8,10 @@ seen from outside, not that the code got an error.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -21,15 +23,37 @@ import psutil
 from replay.record import Blob
 from tools.base import CallFailed
 from tools.code import CodeTool
+from tools.picture import Unreadable, decode
 
+_libc = ctypes.CDLL(None)
 SECRET = "hunter2-f6b1"
 TIMEOUT_S = 2.0
+MOST_SAID, MOST_FIGURES = 6000, 8  # characters and pictures of an answer
 SLACK_S = 8.0  # beyond the time-out, on a loaded machine
 HONEST = "plt.bar(['a', 'b'], [1, 2])\nplt.title('Two bars')"
 
 _SYSCALL = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\nresult = libc.syscall({})\n"
 _TOLD = "raise Exception(f'{{result}} {{ctypes.get_errno()}}')"
 _WAIT = "import time\ntime.sleep(60)"
+
+#: Sends a frame of the code's own making to whatever is open.
+_FORGE = """
+import os, struct, zlib
+plt.plot([1])
+plt.savefig('x.png')
+def chunk(kind, data): return struct.pack('!I', len(data)) + kind + data + struct.pack('!I', zlib.crc32(kind + data))
+def png(head, data): return b'\\x89PNG\\r\\n\\x1a\\n' + chunk(b'IHDR', head) + chunk(b'IDAT', data) + chunk(b'IEND', b'')
+def forge(kind, data, times=1):
+    frame = struct.pack('!cI', kind, len(data)) + data
+    for fd in range(3, 256):
+        try:
+            for _ in range(times):
+                rest = memoryview(frame)
+                while rest: rest = rest[os.write(fd, rest):]
+            os.write(fd, struct.pack('!cI', b'D', 1) + b'1')
+        except OSError: pass
+    os._exit(0)
+forge("""
 
 FILES = {
     "read a secret by its path": "raise Exception(open({file!r}).read())",
@@ -114,6 +138,12 @@ PROCESSES = {
     "read a process's memory by the system call": _SYSCALL.format("310, {victim}, 0, 0, 0, 0, 0")
     + "assert result < 0\n"
     + _TOLD,
+    "signal a process through a pipe's owner": "import fcntl, os\nr, w = os.pipe()\nfor owner in ({victim}, -{victim}):\n    try:\n"
+    "        fcntl.fcntl(r, fcntl.F_SETOWN, owner)\n        fcntl.fcntl(r, 10, 9)\n    except OSError: pass\n"
+    "    fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\n    os.write(w, b'x')",
+    "signal a process through a pipe's owner by ioctl": "import fcntl, os, struct\nr, w = os.pipe()\n"
+    "try: fcntl.ioctl(r, 0x8901, struct.pack('i', {victim}))\nexcept OSError: pass\n"
+    "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')",
     "slow a process down": "import os\nos.setpriority(os.PRIO_PROCESS, {victim}, 19)",
     "move a process": "import os\nos.sched_setaffinity({victim}, {{0}})",
     "limit a process": "import resource\nresource.prlimit({victim}, resource.RLIMIT_NOFILE, (1, 1))",
@@ -123,6 +153,10 @@ PROCESSES = {
     "new namespaces": _SYSCALL.format("272, 0x10000000") + "assert result < 0\n" + _TOLD,
     "become root": "import os\nos.setuid(0)\nos.setgroups([0])\nraise Exception(open({file!r}).read())",
     "get capabilities back": _SYSCALL.format("157, 24, 21, 0, 0, 0") + "raise Exception(open({file!r}).read())",
+    "read another's shared memory": "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.shmat.restype = ctypes.c_void_p\n"
+    "at = libc.shmat({segment}, None, 0)\nraise Exception(ctypes.string_at(at, 20) if at not in (None, 2**64 - 1) else '')",
+    "read another's messages": "import ctypes\nb = ctypes.create_string_buffer(99)\n"
+    "ctypes.CDLL(None).msgrcv({queue}, b, 90, 0, 0o4000)\nraise Exception(b.raw[8:30])",
     "leave shared memory behind": _SYSCALL.format("29, 0x1111, 1 << 20, 0o1666") + "assert result < 0\n" + _TOLD,
 }
 RESOURCES = {
@@ -140,6 +174,12 @@ RESOURCES = {
     "bytes(1 << 24)) for _ in range(1 << 20)]).start()",
     "fill the disk": "f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 20))",
     "fill the disk with files": "for i in range(1 << 30): open(str(i), 'wb').write(bytes(1 << 20))",
+    "a bomb of small threads": "import threading, time\nthreading.stack_size(32 * 1024)\nwhile True: threading.Thread(target="
+    "time.sleep, args=(60,)).start()",
+    "keep the disks busy": "import os\nwhile True: os.sync()",
+    "take all watches of files": "import ctypes\nlibc = ctypes.CDLL(None)\nwhile libc.inotify_init1(0) >= 0: pass",
+    "folders in folders": "import os\nfor _ in range(4000):\n    os.mkdir('d')\n    os.chdir('d')",
+    "names that no program likes": "import os\nfor n in (b'\\xff\\xfe', b'-rf', b'a\\nb', b'*', b' '): open(n, 'w').close()",
     "take all descriptors": "x = []\nwhile True: x.append(open('f', 'w'))",
     "a flood of output": "import os\nwhile True: os.write(1, bytes(1 << 16))",
     "a flood of figures": "for _ in range(10 ** 6): plt.figure()",
@@ -164,6 +204,15 @@ TRICKS = {
     "find the zygote's sockets": "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'pwned')\n    except OSError: pass",
     "forge the answer": "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'F\\0\\0\\0\\4pwnd')\n    except OSError: pass\n"
     "os._exit(0)",
+    "forge an endless reason": _FORGE + "b'E', b'pwned ' * 4_000_000)",
+    "forge countless figures": _FORGE + "b'F', open('x.png', 'rb').read(), 2000)",
+    "forge a figure that unpacks to gigabytes": _FORGE
+    + "b'F', png(struct.pack('!IIBBBBB', 4000, 4000, 8, 2, 0, 0, 0), "
+    "zlib.compress(bytes(1 << 26))))",
+    "forge a figure that holds a script": _FORGE
+    + "b'F', png(struct.pack('!IIBBBBB', 1, 1, 8, 2, 0, 0, 0), zlib.compress("
+    "bytes(4))).replace(b'IEND', b'tEXt') + b'<script>{secret}</script>')",
+    "forge a count of figures": _FORGE + "b'D', b'9' * 5000)",
     "send a descriptor": "import os, socket\nfor fd in range(3, 256):\n    try:\n        s = socket.socket(fileno=os.dup(fd))\n"
     "        socket.send_fds(s, [b'x'], [os.open('.', 0)])\n    except OSError: pass",
     "type into the terminal": "import fcntl, termios\nfor c in 'touch /tmp/llmi-pwned\\n': fcntl.ioctl(0, termios.TIOCSTI, c)",
@@ -196,11 +245,19 @@ class Bait:
             server.listen()
         for server in self._servers:
             server.setblocking(False)
+        self._segment = _libc.shmget(0, 4096, 0o1666)  # (IPC_PRIVATE, IPC_CREAT)
+        _libc.shmat.restype = ctypes.c_void_p
+        ctypes.memmove(_libc.shmat(self._segment, None, 0), SECRET.encode(), len(SECRET))
+        self._queue = _libc.msgget(0, 0o1666)
+        message = struct.pack("l", 1) + SECRET.encode()
+        _libc.msgsnd(self._queue, message, len(SECRET), 0)
         self._victim = subprocess.Popen(["sleep", "3600"], start_new_session=True)
         self._before = self._state()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        _libc.shmctl(self._segment, 0, None)  # (IPC_RMID)
+        _libc.msgctl(self._queue, 0, None)
         self._victim.kill()
         self._victim.wait()
         for server in self._servers:
@@ -217,6 +274,9 @@ class Bait:
             abstract=f"llmi-bait-{os.getpid()}",
             server=os.getpid(),
             victim=self._victim.pid,
+            segment=self._segment,
+            queue=self._queue,
+            secret=SECRET,
         )
 
     def harm(self) -> str | None:
@@ -235,21 +295,34 @@ class Bait:
     def _servers(self) -> list[socket.socket]:
         return [self._tcp, self._udp, self._abstract, self._unix]
 
+    def _victims_state(self) -> object:
+        try:
+            victim = psutil.Process(self._victim.pid)
+            halted, limits = victim.status() in _HALTED, victim.rlimit(psutil.RLIMIT_NOFILE)
+            return halted, limits, victim.nice(), victim.cpu_affinity()
+        except psutil.NoSuchProcess:
+            return "is gone"
+
     def _state(self) -> dict[str, object]:
-        victim, stat = psutil.Process(self._victim.pid), self.file.stat()
-        halted = victim.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE)
+        stat = self.file.stat()
         left = [p for p in ("/tmp", "/var/tmp", "/dev/shm", "/etc/cron.d") if os.path.exists(f"{p}/llmi-pwned")]
         return {
             "the file": (self.file.read_text(), stat.st_mode, stat.st_uid, stat.st_mtime_ns, stat.st_nlink),
             "its attributes": os.listxattr(self.file),
             "its folder": sorted(os.listdir(self.file.parent)),
-            "the process": (self._victim.poll(), halted, victim.nice(), victim.cpu_affinity()),
-            "its limits": victim.rlimit(psutil.RLIMIT_NOFILE),
+            "the process": self._victims_state(),
             "what lies about": left,
-            "shared memory": Path("/proc/sysvipc/shm").read_text().count("\n")
-            if Path("/proc/sysvipc/shm").exists()
-            else 0,
+            "shared memory": _left_segment(),
         }
+
+
+_HALTED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE)
+
+
+def _left_segment() -> bool:
+    """Whether the segment that an attack wants to leave behind is there."""
+    table = Path("/proc/sysvipc/shm")
+    return table.exists() and any(line.split()[0] == str(0x1111) for line in table.read_text().splitlines())
 
 
 def contained(name: str, tool: CodeTool, bait: Bait, honest: Blob) -> str | None:
@@ -260,13 +333,22 @@ def contained(name: str, tool: CodeTool, bait: Bait, honest: Blob) -> str | None
         honest: what `HONEST` draws.
     """
     started = time.monotonic()
+    pictures: tuple[Blob, ...] = ()
     try:
-        answer = repr(tool.run({"code": bait.into(ATTACKS[name])}).provenance)
+        made = tool.run({"code": bait.into(ATTACKS[name])})
+        answer, pictures = repr(made.provenance), made.images
     except CallFailed as failed:
         answer = str(failed)
     took = time.monotonic() - started
-    if SECRET in answer:
-        return f"the secret got out: {answer}"
+    if SECRET in answer or any(SECRET.encode() in picture.data for picture in pictures):
+        return f"the secret got out: {answer[:1000]}"
+    if len(answer) > MOST_SAID or len(pictures) > MOST_FIGURES:
+        return f"it came back with {len(answer)} characters and {len(pictures)} pictures"
+    try:
+        for picture in pictures:
+            decode(picture.data)
+    except Unreadable as error:
+        return f"a picture {error}"
     if took > TIMEOUT_S + SLACK_S:
         return f"it took {took:.1f} s"
     if harm := bait.harm():

@@ -68,14 +68,21 @@ import sys, ctypes, struct, errno
 from tools import jail
 denied = {numbers}
 steps = [(0x20, 0, 0, 0)] + [s for n in denied for s in ((0x15, 0, 1, n), (0x06, 0, 0, 0x00050000 | errno.{errno}))]
+if {in_container}:  # clone() with CLONE_NEWPID is refused too
+    steps += [(0x15, 0, 3, 56), (0x20, 0, 0, 16), (0x45, 0, 1, 0x20000000), (0x06, 0, 0, 0x00050000 | errno.EPERM)]
 program = b"".join(struct.pack("HBBI", *s) for s in [*steps, (0x06, 0, 0, 0x7FFF0000)])
 code = ctypes.create_string_buffer(program, len(program))
 jail._libc.prctl(38, 1, 0, 0, 0)
 assert jail._libc.prctl(22, 2, struct.pack("HP", len(program) // 8, ctypes.addressof(code)), 0, 0) == 0
 from tools.code import CodeTool
 try:
-    tool = CodeTool(require={require})
+    tool = CodeTool(timeout_s=2, require={require})
     print(sorted(tool.guarantees), len(tool.run({{"code": "plt.plot([1])"}}).images))
+    if {in_container}:
+        from tests.security.code_attacks import HONEST, PROCESSES, Bait, contained
+        honest = tool.run({{"code": HONEST}}).images[0]
+        with Bait() as bait:
+            print([f"{{name}}: {{wrong}}" for name in PROCESSES if (wrong := contained(name, tool, bait, honest))])
     tool.close()
 except RuntimeError as error:
     print(error)
@@ -83,8 +90,10 @@ except RuntimeError as error:
 _LANDLOCK, _UNSHARE, _MOUNT = 444, 272, 165
 
 
-def _on_a_kernel_without(numbers: list[int], require: list[str], errno: str = "ENOSYS") -> str:
-    script = _OLD_KERNEL.format(numbers=numbers, require=require, errno=errno)
+def _on_a_kernel_without(
+    numbers: list[int], require: list[str], errno: str = "ENOSYS", in_container: bool = False
+) -> str:
+    script = _OLD_KERNEL.format(numbers=numbers, require=require, errno=errno, in_container=in_container)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     return done.stdout + done.stderr
 
@@ -97,6 +106,11 @@ def test_a_kernel_that_lacks_something_is_made_up_for_by_the_rest() -> None:
     assert not {"mount namespace", "user namespace"} & set(said.split("'")) and "'files', 'landlock'" in said
     said = _on_a_kernel_without([_MOUNT], ["files"], "EPERM")
     assert "mount namespace" not in said and "'network namespace'" in said and said.endswith("] 1\n")
+
+
+def test_in_a_container_that_has_no_namespaces_other_processes_are_out_of_reach() -> None:
+    said = _on_a_kernel_without([_UNSHARE, _MOUNT], ["files", "network", "processes"], "EPERM", in_container=True)
+    assert said.splitlines() == ["['files', 'landlock', 'network', 'processes'] 1", "[]"]
 
 
 def test_a_tool_that_cannot_protect_what_it_must_refuses_to_start() -> None:

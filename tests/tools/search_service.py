@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -14,7 +14,7 @@ from PIL import Image
 
 Misbehaviour = Callable[["Handler"], None]
 #: What every engine knows of a picture: its title, page, size, and the colour that it has.
-Known = Mapping[str, Any]
+Known = dict[str, Any]
 
 BRIDGE: Known = {"title": "Golden Gate Bridge", "colour": "orange", "size": (1600, 900)}
 FOG: Known = {"title": "Fog over a bay", "colour": "grey", "size": (1600, 900)}

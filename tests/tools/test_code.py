@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -254,11 +255,56 @@ def test_too_many_bytes_of_figures_are_refused(tool):
     assert "figures take more than 32 MiB" in reason(tool, send + "while True: c.sendall(bytes(1 << 20))")
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack("!I", len(data)) + kind + data + struct.pack("!I", zlib.crc32(kind + data))
+
+
+def forged(head: bytes, pixels: bytes, more: bytes = b"") -> bytes:
+    """A PNG with this header and these unpacked pixels."""
+    body = chunk(b"IDAT", zlib.compress(pixels)) + more + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body
+
+
+RGBA = struct.pack("!IIBBBBB", 2, 3, 8, 6, 0, 0, 0)
+PIXELS = bytes(3 * (1 + 2 * 4))
+
+
+@pytest.mark.parametrize(
+    ("png", "why"),
+    [
+        (forged(RGBA, PIXELS)[:-9], "half a PNG"),
+        (forged(RGBA, PIXELS)[:-12], "does not end"),
+        (forged(RGBA, PIXELS) + b"<script>", "does not end"),
+        (forged(RGBA, PIXELS, chunk(b"tEXt", b"Comment\0<script>")), "more than a picture"),
+        (forged(RGBA, PIXELS, chunk(b"acTL", bytes(8))), "more than a picture"),
+        (forged(RGBA, PIXELS).replace(b"IDAT", b"IDAU"), "more than a picture"),
+        (forged(RGBA, PIXELS[:-1]), "more or fewer pixels"),
+        (forged(RGBA, PIXELS + bytes(1 << 24)), "more or fewer pixels"),
+        (forged(RGBA[:-1] + b"\1", PIXELS), "more or fewer pixels"),
+        (forged(RGBA[:12], PIXELS), "does not end"),
+        (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", RGBA) + chunk(b"IDAT", b"x") + chunk(b"IEND", b""), "are broken"),
+        (b"GIF89a", "not a PNG"),
+    ],
+)
+def test_a_figure_is_a_whole_png_of_pixels_and_nothing_else(png: bytes, why: str) -> None:
+    good, bad = (struct.pack("!cI", b"F", len(data)) + data for data in (forged(RGBA, PIXELS), png))
+    assert len(parse(good).figures) == 1
+    with pytest.raises(ValueError, match=why):
+        parse(bad)
+
+
+def test_more_figures_than_allowed_and_an_endless_reason_are_not_passed_on() -> None:
+    figure, reason = forged(RGBA, PIXELS), b"pwned " * 100_000
+    with pytest.raises(ValueError, match="more than 2 figures"):
+        parse(3 * (struct.pack("!cI", b"F", len(figure)) + figure), 2)
+    assert len(parse(struct.pack("!cI", b"E", len(reason)) + reason).reason) == 400
+
+
 def test_a_forged_png_that_claims_to_be_huge_is_refused(tool):
     send = (
         "import gc, socket\nc = next(o for o in gc.get_objects() if isinstance(o, socket.socket) and o.fileno() > 2)\n"
     )
-    png = b"\x89PNG\r\n\x1a\n" + struct.pack("!I4sII", 13, b"IHDR", 60000, 60000)
+    png = forged(struct.pack("!IIBBBBB", 60000, 60000, 8, 6, 0, 0, 0), b"")
     frames = b"".join(struct.pack("!cI", kind, len(data)) + data for kind, data in ((b"F", png), (b"D", b"1")))
     assert "60000 x 60000 pixels" in reason(tool, send + f"c.sendall({frames!r})\nimport os\nos._exit(0)")
 

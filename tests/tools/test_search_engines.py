@@ -45,7 +45,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tool(service: SearchService, engine: str, **options: Any) -> SearchTool:
     """A tool that may take pictures from this machine, within a few seconds."""
-    given = {"timeout_s": 4.0, "quota": "100/second", "downloader": downloader()} | options
+    given: dict[str, Any] = {"timeout_s": 4.0, "quota": "100/second", "downloader": downloader()} | options
     return SearchTool(engine, url=service.url(engine), **given)
 
 
