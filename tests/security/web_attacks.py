@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import ipaddress
 import re
+import socket
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +88,20 @@ ATTACKS: tuple[Attack, ...] = (
     at("loopback through NAT64", "http://[64:ff9b::7f00:1]:{port}/"),
     at("loopback through 6to4", "http://[2002:7f00:1::]:{port}/"),
     at("loopback through Teredo", "http://[2001:0:7f00:1::]:{port}/"),
+    at("loopback with a dot behind it", "http://localhost.:{port}/", "public internet|cannot be resolved"),
+    at("loopback in wide digits", "http://１２７.０.０.１:{port}/"),
+    at("loopback in circled digits", "http://①②⑦.⓪.⓪.①:{port}/"),
+    at("loopback with ideographic dots", "http://127。0。0。1:{port}/"),
+    at("loopback in percent signs", "http://%31%32%37.0.0.1:{port}/", "no proper host"),
+    at("loopback with a zone", "http://[::1%25lo]:{port}/", "public internet|no proper host|malformed"),
+    at("loopback without slashes", "http:127.0.0.1:{port}/", "no proper host"),
+    at("loopback behind three slashes", "http:///127.0.0.1:{port}/", "no proper host"),
+    at("loopback with a tab in it", "http://127.0.\t0.1:{port}/", "characters that no URL"),
+    at("this machine's own name", f"http://{socket.gethostname()}:{{port}}/", "public internet|cannot be resolved"),
+    at("a port that does not exist", "http://127.0.0.1:99999/", "malformed"),
+    at("a host that ends in nothing", "http://127.0.0.1\0.example.com:{port}/", "characters that no URL"),
+    at("a file in capitals", "FILE:///etc/passwd", "scheme"),
+    at("a scheme in a scheme", "jar:http://127.0.0.1:{port}/!/a.png", "scheme"),
     at("the unspecified address", "http://0.0.0.0:{port}/"),
     at("the unspecified address over IPv6", "http://[::]:{port}/"),
     at("the cloud's metadata", "http://169.254.169.254/latest/meta-data/"),
@@ -123,6 +138,11 @@ ATTACKS: tuple[Attack, ...] = (
     # redirects
     Attack("redirect to another address of this machine", redirect("http://127.0.0.2:{port}/"), "public internet"),
     Attack("redirect to the cloud's metadata", redirect("http://169.254.169.254/"), "public internet"),
+    Attack("redirect without a scheme", redirect("//127.0.0.2:{port}/"), "public internet"),
+    Attack("redirect without a scheme and backwards", redirect("\\\\127.0.0.2:{port}/"), "characters that no URL"),
+    Attack("redirect to a mapped address", redirect("http://[::ffff:169.254.169.254]/"), "public internet"),
+    Attack("redirect to a port of this machine", redirect("http://127.0.0.2:22/"), "public internet"),
+    Attack("redirect to a picture in the URL", redirect("data:image/png;base64,iVBORw0KGgo="), "scheme"),
     Attack("redirect to a file", redirect("file:///etc/passwd"), "scheme"),
     Attack("redirect with a user name", redirect("http://a:b@127.0.0.1:{port}/"), "user name"),
     Attack("redirect to itself", redirect(""), "redirects"),
@@ -157,6 +177,20 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("no HTTP at all", endless(b"\xff\xd8\xff"), "proper HTTP"),
     Attack("an error page", lambda web: reply(bad.HTML, "text/html", status="404 Not Found"), "answered 404"),
     Attack("nothing", sends(b""), NO_PICTURE),
+    Attack(
+        "two lengths",
+        lambda w: head("Content-Length: 5", f"Content-Length: {10**9}") + b"x" * 5,
+        f"{NO_PICTURE}|{LARGE}",
+    ),
+    Attack(
+        "a length and chunks",
+        lambda w: head("Content-Length: 9", "Transfer-Encoding: chunked") + b"0\r\n\r\n",
+        NO_PICTURE,
+    ),
+    Attack("part of a picture", lambda w: reply(bad.picture(), status="206 Partial Content"), "answered 206"),
+    Attack(
+        "another protocol", lambda w: reply(b"", status="101 Switching Protocols"), "answered 101|proper HTTP|in time"
+    ),
     # what it is
     Attack("HTML as PNG", sends(bad.HTML), NO_PICTURE),
     Attack("SVG", sends(bad.SVG, "image/svg+xml"), NO_PICTURE),
