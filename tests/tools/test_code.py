@@ -282,9 +282,10 @@ PIXELS = bytes(3 * (1 + 2 * 4))
         (forged(RGBA, PIXELS + bytes(1 << 24)), "more or fewer pixels"),
         (forged(RGBA[:-1] + b"\1", PIXELS), "more or fewer pixels"),
         (forged(RGBA[:12], PIXELS), "does not end"),
-        (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", RGBA) + chunk(b"IDAT", b"x") + chunk(b"IEND", b""), "are broken"),
+        (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", RGBA) + chunk(b"IDAT", b"xx") + chunk(b"IEND", b""), "are broken"),
         (b"GIF89a", "not a PNG"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_figure_is_a_whole_png_of_pixels_and_nothing_else(png: bytes, why: str) -> None:
     good, bad = (struct.pack("!cI", b"F", len(data)) + data for data in (forged(RGBA, PIXELS), png))
