@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 
 from PIL import Image, ImageOps
 
@@ -18,6 +19,10 @@ from tools.fetch import Fetcher, Refused, Unreachable
 MAX_PIXELS = 40_000_000  # that are decoded; a 24-megapixel camera's are
 MAX_WORK = 25 * MAX_PIXELS  # pixels times passes: a progressive JPEG may ask for thousands over the same pixels
 LONGEST_SIDE = 2048  # pixels of what comes back: a document shows no more
+AT_ONCE, ROOM_S = (
+    2,
+    10.0,
+)  # pictures that are decoded at once, as one may take half a gigabyte; and how long others wait
 SHORTEST_SIDE = 16  # a smaller one counts visitors, and shows nothing
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # decoders that start no program and fetch nothing
@@ -46,7 +51,7 @@ class Downloader:
 
         Raises:
             Refused: it is not acceptable, or not a picture, or not the kind of picture that it is said to be.
-            Unreachable: the network or the server failed.
+            Unreachable: the network or the server failed, or other pictures take all room.
         """
         reply = self._fetcher.get(url, {"Accept": "image/webp,image/png,image/jpeg,image/gif"}, timeout_s)
         if reply.status in _TRIED_AGAIN:
@@ -68,6 +73,7 @@ def clean(data: bytes) -> Blob:
 
     Raises:
         Refused: it is not a whole PNG, JPEG, WebP or GIF picture, or is too large.
+        Unreachable: other pictures take all room.
     """
     with _opened(data) as image:
         return _encoded(image)
@@ -90,7 +96,19 @@ def _opened(data: bytes) -> Image.Image:
     return image
 
 
+_room = threading.BoundedSemaphore(AT_ONCE)
+
+
 def _encoded(image: Image.Image) -> Blob:
+    if not _room.acquire(timeout=ROOM_S):
+        raise Unreachable("too many pictures are being decoded")
+    try:
+        return _pixels(image)
+    finally:
+        _room.release()
+
+
+def _pixels(image: Image.Image) -> Blob:
     kind = image.format if image.format in ("JPEG", "WEBP") else "PNG"
     try:
         image.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))  # a large JPEG is decoded at a half or a quarter

@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 
@@ -22,9 +23,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
+from replay.record import Blob
 from tests.security import bad_pictures as bad
 from tests.security.hostile_web import Web, reply, sends
 from tests.security.web_attacks import ATTACKS, MAX_BYTES, Attack, contained, downloader
+from tools import download
 from tools.download import LONGEST_SIDE, clean
 from tools.fetch import Unreachable, public
 
@@ -106,6 +109,27 @@ def test_a_large_picture_comes_smaller_and_a_palette_keeps_its_transparency() ->
     buffer = io.BytesIO()
     Image.new("P", (20, 20)).save(buffer, "GIF", transparency=0)
     assert Image.open(io.BytesIO(clean(buffer.getvalue()).data)).getpixel((0, 0))[3] == 0  # type: ignore[index]
+
+
+def test_few_pictures_are_decoded_at_once_and_the_others_wait_or_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = [0], [0]
+
+    def slow(image: Image.Image) -> Blob:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.05)
+        running[0] -= 1
+        return Blob(b"pixels")
+
+    monkeypatch.setattr(download, "_pixels", slow)
+    data = bad.picture()
+    with ThreadPoolExecutor(8) as threads:
+        assert len(list(threads.map(clean, [data] * 8))) == 8
+    assert most[0] == download.AT_ONCE
+    monkeypatch.setattr(download, "ROOM_S", 0.01)
+    with ThreadPoolExecutor(8) as threads:
+        failures = [job.exception() for job in [threads.submit(clean, data) for _ in range(8)]]
+    assert {str(failure) for failure in failures if failure} == {"too many pictures are being decoded"}
 
 
 def test_sixteen_bits_of_grey_are_brought_to_eight() -> None:
