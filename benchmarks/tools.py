@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -180,6 +181,7 @@ def _whole(made: Made) -> None:
 
 def attacks() -> tuple[int, int]:
     """How many attacks on the sandbox and on the downloader were tried, and how many were contained."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests lie in the tree, and are not installed
     from tests.security import code_attacks, web_attacks
     from tests.security.bad_pictures import picture
     from tests.security.hostile_web import Web, sends
