@@ -14,8 +14,8 @@ from torch.nn.functional import linear
 
 #: Most float32 logits that exist at a time (256 MiB): rows of a piece x vocabulary.
 PIECE = 2**26
-#: Float32 that fit into a core's cache (1 MiB).
-HOT = 2**18
+#: Float32 that fit into half of a core's cache (512 KiB), beside what is made of them.
+HOT = 2**17
 
 
 class ScoringHead(nn.Linear):
@@ -80,7 +80,9 @@ class _Scores(torch.autograd.Function):
                 into_bias += dz.sum(0)
             dz = dz.to(ctx.dtype)
             into_hidden.append(dz @ cast)
-            if into_weight is not None:
+            if into_weight is not None and ctx.dtype == into_weight.dtype:
+                into_weight.addmm_(dz.T, h.to(ctx.dtype))  # a pass over all weights less
+            elif into_weight is not None:
                 into_weight += dz.T @ h.to(ctx.dtype)
         return torch.cat(into_hidden).to(hidden.dtype), _as(into_weight, weight), _as(into_bias, bias), None
 
