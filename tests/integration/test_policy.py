@@ -57,14 +57,19 @@ def _changed(before: Path, after: Path) -> bool:
 
 @contextmanager
 def _served(policy: str) -> Iterator[str]:
-    """`vllm serve` of a folder, as a user would start it; yields its URL."""
+    """What `vllm serve` starts, of a folder; yields its URL. The command itself asks for a package named vllm, and the
+    CPU build has another name.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    vllm = str(Path(sys.executable).with_name("vllm"))
     options = ["--served-model-name", "policy", "--port", str(port), "--host", "127.0.0.1", "--max-num-seqs", "4"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen([vllm, "serve", policy, *options], env=environment, start_new_session=True)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy, *options],
+        env=environment,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + START_S
         while True:
