@@ -14,7 +14,7 @@ from actors.cold_start import ColdStart
 from cluster.config import Config, ConfigError
 from cluster.console import Progress, say
 from cluster.pools import PING_S
-from cluster.servers import RunFailed, actor_options
+from cluster.servers import RunFailed, learner_options
 from replay.folders import is_model
 from replay.storage import in_bucket
 
@@ -53,7 +53,7 @@ def cold_start(config: Config, folder: str) -> str:
     if is_model(folder):
         return folder
     say(f"cold start: {config.sft.documents} synthetic documents, right {config.sft.right:.0%} of the time")
-    options = actor_options(config.learner, config.sft.threads, alone=True)
+    options = learner_options(config.learner, config.sft.threads, alone=True)
     cls: Any = ColdStart
     actor = cls.options(**options, max_concurrency=2).remote()
     run = actor.run.remote(

@@ -24,7 +24,7 @@ from actors.store import StoreActor, StoreClient
 from actors.weights import WeightHub, Weights
 from agent.prompt import system_prompt
 from cluster.config import Config, Resources, reward_terms, scores_calls
-from cluster.servers import RunFailed, actor_options, deploy, judges, tool_specs
+from cluster.servers import RunFailed, actor_options, deploy, judges, learner_options, tool_specs
 from learners.checkpoint import CONVERT_S
 from replay.record import Prompt, version
 from replay.staleness import Capacity
@@ -342,7 +342,7 @@ class Pools:
         # Without engines nothing can be written anew, so no group is too old.
         alone = {"max_staleness": c.steps + (1 << 20)} if self.config.train.only == "learn" else {}
         return [
-            _actor(LearnerRank, **actor_options(c, c.threads), max_concurrency=8).remote(
+            _actor(LearnerRank, **learner_options(c, c.threads), max_concurrency=8).remote(
                 rank,
                 c.ranks,
                 self.store,

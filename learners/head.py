@@ -1,6 +1,6 @@
 """The end of the policy: hidden states in, log-probs and entropies out. The logits of all tokens never exist at once.
 
-They are made in pieces of rows, in the number format of the model's products, and turned into float32 log-probs piece
+They are made in pieces of rows, in the number format of the model's products, and turned into float32 powers of e piece
 by piece. The backward pass makes them again, unless all of them were few enough to keep.
 """
 
@@ -43,8 +43,8 @@ class ScoringHead(nn.Linear):
 
 
 class _Scores(torch.autograd.Function):
-    """With z the logits, p = softmax(z), H the entropy and t the target: d log p_t / dz = 1_t - p, and
-    dH / dz = -p (log p + H)."""
+    """With z the logits, e = exp(z - max z), T = sum e, p = e / T, H the entropy and t the target:
+    d log p_t / dz = 1_t - e / T, and dH / dz = -p (log p + H)."""
 
     @staticmethod
     def forward(
@@ -55,65 +55,69 @@ class _Scores(torch.autograd.Function):
         cast, rows = weight.to(dtype), max(1, PIECE // len(weight))
         kept, scores = [], []
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logp, entropy = _log_probs(h, cast, bias)
-            scores.append((logp.gather(-1, t[:, None])[:, 0], entropy))
+            e, *of_rows = _softmax(h, t, cast, bias)
+            scores.append(of_rows)
             if len(hidden) <= rows:
-                kept.append(logp)
-        chosen, entropies = map(torch.cat, zip(*scores, strict=True))
+                kept.append(e)
+        chosen, entropies, totals = (torch.cat(parts)[:, 0] for parts in zip(*scores, strict=True))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets, *kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropies, totals, *kept)
         ctx.dtype, ctx.rows = dtype, rows
         return chosen, entropies
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, entropies, totals, *kept = ctx.saved_tensors
+        of_rows = [x[:, None].split(ctx.rows) for x in (targets, entropies, totals)]
         of_chosen, of_entropy = (None if g is None else g[:, None].split(ctx.rows) for g in grads)
         cast, into_hidden = weight.to(ctx.dtype), []
         # Sums over pieces are taken in float32, whatever the weights are in.
         into_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         into_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for i, (h, t) in enumerate(zip(hidden.split(ctx.rows), targets.split(ctx.rows), strict=True)):
-            logp = kept[i] if kept else _log_probs(h, cast, bias)[0]
-            dz = _gradient(logp, t, of_chosen and of_chosen[i], of_entropy and of_entropy[i])
+        for i, h in enumerate(hidden.split(ctx.rows)):
+            t, entropy, total = (x[i] for x in of_rows)
+            e = kept[0] if kept else _softmax(h, t[:, 0], cast, bias)[0]
+            d, scale = _gradient(e, t, entropy, total, of_chosen and of_chosen[i], of_entropy and of_entropy[i])
             if into_bias is not None:
-                into_bias += dz.sum(0)
-            dz = dz.to(ctx.dtype)
-            into_hidden.append(dz @ cast)
+                into_bias += d.T @ scale[:, 0]
+            d, h = d.to(ctx.dtype), (h * scale).to(ctx.dtype)
+            into_hidden.append((d @ cast) * scale)
             if into_weight is not None and ctx.dtype == into_weight.dtype:
-                into_weight.addmm_(dz.T, h.to(ctx.dtype))  # a pass over all weights less
+                into_weight.addmm_(d.T, h)  # a pass over all weights less
             elif into_weight is not None:
-                into_weight += dz.T @ h.to(ctx.dtype)
+                into_weight += d.T @ h
         return torch.cat(into_hidden).to(hidden.dtype), _as(into_weight, weight), _as(into_bias, bias), None
 
 
-def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[n, hidden size] -> [n, vocabulary] and, the entropies, [n]; float32."""
-    logits = linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).float()
-    entropies = logits.new_empty(len(logits))
-    for at in _hot(logits):
-        z = logits[at]
+def _softmax(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """e, [n, vocabulary]; and log p_t, H and T, [n, 1]; float32."""
+    e = linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).float()
+    chosen, entropies, totals = e.new_empty(3, len(e), 1)
+    for at in _hot(e):
+        z = e[at]
         z -= z.amax(-1, keepdim=True)
-        p = z.exp()
-        total = p.sum(-1)
-        entropies[at] = total.log() - p.mul_(z).sum(-1) / total
-        z -= total.log()[:, None]
-    return logits, entropies
+        chosen[at] = z.gather(-1, targets[at, None])
+        powers = z.exp()
+        totals[at] = powers.sum(-1, keepdim=True)
+        entropies[at] = -z.mul_(powers).sum(-1, keepdim=True)
+        z.copy_(powers)
+    logs = totals.log()
+    return e, chosen - logs, entropies / totals + logs, totals
 
 
-def _gradient(logp: Tensor, targets: Tensor, of_chosen: Tensor | None, of_entropy: Tensor | None) -> Tensor:
-    """[n, vocabulary] of the logits, in the memory of the log-probs; from gradients [n, 1] of what was made of them."""
-    zeros = logp.new_zeros(len(logp), 1)
-    g = zeros if of_chosen is None else of_chosen
-    for at in _hot(logp):
-        part = logp[at]
-        if of_entropy is None:
-            part.exp_().mul_(-g[at])
-        else:
-            p = part.exp()
-            entropy = -(p * part).sum(-1, keepdim=True)
-            part.add_(entropy).mul_(-of_entropy[at]).sub_(g[at]).mul_(p)
-    return logp.scatter_add_(-1, targets[:, None], g)
+def _gradient(
+    e: Tensor, targets: Tensor, entropies: Tensor, totals: Tensor, of_chosen: Tensor | None, of_entropy: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """[n, vocabulary], in the memory of e, and [n, 1]: their product is the gradient of the logits."""
+    g = torch.zeros_like(totals) if of_chosen is None else of_chosen
+    if of_entropy is None:
+        return e.scatter_add_(-1, targets, -totals), -g / totals
+    weights = of_entropy * (totals.log() - entropies) - g
+    for at in _hot(e):
+        part = e[at]
+        of_logs = torch.special.entr(part).mul_(of_entropy[at])  # entr(e) = -e log e
+        part.mul_(weights[at]).add_(of_logs)
+    return e.scatter_add_(-1, targets, g * totals), 1 / totals
 
 
 def _hot(rows: Tensor) -> list[slice]:
