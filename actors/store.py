@@ -23,7 +23,7 @@ import ray
 
 from actors import metrics
 from replay.record import Blob
-from replay.store import Claim, Retention, Store, picture_table
+from replay.store import Claim, Retention, Store
 from replay.view import shard_of
 
 T = TypeVar("T")
@@ -49,9 +49,11 @@ def packed(rows: pa.Table, pictures: Sequence[Blob]) -> Load:
     return sink.getvalue(), names, mimes, [PickleBuffer(b.data) for b in pictures]
 
 
-def unpacked(load: Load) -> tuple[pa.Table, pa.Table]:
+def unpacked(load: Load) -> tuple[pa.Table, list[Blob]]:
+    """Nothing is copied: the pictures stay in Ray's memory until they are written."""
     rows, names, mimes, datas = load
-    return pa.ipc.open_stream(rows).read_all(), picture_table(names, mimes, datas)
+    pictures = [Blob.named(n, memoryview(d), m) for n, d, m in zip(names, datas, mimes, strict=True)]
+    return pa.ipc.open_stream(rows).read_all(), pictures
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)

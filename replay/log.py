@@ -25,6 +25,7 @@ import pyarrow as pa
 from isal.isal_zlib import crc32  # zlib.crc32, ten times as fast
 
 from replay.manifest import LogState, Segment
+from replay.pictures import filled, last_buffer
 from replay.storage import LocalStorage, Storage, StoreError, sync_folder, taken_over
 
 SEGMENT_BYTES = 64 << 20
@@ -92,8 +93,12 @@ class Log:
 
     # ---- writing -----------------------------------------------------------------------------------------------
 
-    def append(self, table: pa.Table) -> tuple[int, pa.RecordBatch]:
+    def append(self, table: pa.Table, parts: Sequence[bytes] = ()) -> tuple[int, pa.RecordBatch]:
         """Make rows durable as one batch; returns it and its id. All of it is kept, or (after a crash) none of it.
+
+        Args:
+            table: the rows.
+            parts: what the table's last buffer stands for (`replay.pictures`).
 
         Raises:
             StoreError: the disk or the service refused, now or before the last `mend`; nothing of it is kept.
@@ -102,9 +107,9 @@ class Log:
             table = table.select(self.schema.names).cast(self.schema)
         [batch] = table.combine_chunks().to_batches()
         if isinstance(self._storage, LocalStorage):
-            file, start = self._grow(self._storage.root / self.name, batch)
+            file, start = self._grow(self._storage.root / self.name, batch, parts)
             return self._add(functools.partial(self._of_open, file, start)), batch
-        self._create(f"{self.state.next:08d}.arrow", [batch])
+        self._create(f"{self.state.next:08d}.arrow", [filled(batch, parts)])
         self.full = len(self._small()) >= SMALL_SEGMENTS
         return self._next_id - 1, batch
 
@@ -218,13 +223,13 @@ class Log:
 
     # ---- segments ----------------------------------------------------------------------------------------------
 
-    def _grow(self, folder: Path, batch: pa.RecordBatch) -> tuple[str, int]:
+    def _grow(self, folder: Path, batch: pa.RecordBatch, parts: Sequence[bytes]) -> tuple[str, int]:
         """Returns the file that the batch is in, and its offset."""
         try:
             if self._open is None:
                 self._open = _Open(folder / f"{self.state.next:08d}.arrows", self.schema)
                 self._of[self._open.path.name] = []
-            start = self._open.append(batch)
+            start = self._open.append(batch, parts)
         except (OSError, pa.ArrowException) as error:
             if self._open is not None:
                 self._open.tear()
@@ -431,6 +436,7 @@ class _Open:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path, self.size, self.rows, self._crc = path, 0, 0, 0
+        self._parts: dict[int, Sequence[bytes]] = {}  # by the address of the buffer that stands for them
         self.torn = False
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "wb")  # noqa: SIM115  (nothing but a failed try can lie there)
@@ -440,9 +446,10 @@ class _Open:
         self._good = 0
         sync_folder(path.parent)
 
-    def append(self, batch: pa.RecordBatch) -> int:
+    def append(self, batch: pa.RecordBatch, parts: Sequence[bytes]) -> int:
         """Returns the offset where the batch begins."""
         start = self.size or self._header
+        self._parts = {last_buffer(batch).address: parts} if parts else {}
         self._writer.write_batch(batch)
         self._file.flush()
         self._sums.write(f"{self.size} {self._crc}\n")
@@ -475,14 +482,16 @@ class _Open:
     # what pyarrow asks of a file
     closed = False
 
-    def write(self, data: bytes) -> int:
-        whole = memoryview(data)
-        for start in range(0, len(whole), _PIECE):  # kernels take twice the time for one write of many megabytes
-            piece = whole[start : start + _PIECE]
-            self._crc = crc32(piece, self._crc)
-            self._file.write(piece)
-        self.size += len(whole)
-        return len(whole)
+    def write(self, data: pa.Buffer | bytes) -> int:
+        parts = self._parts.get(data.address, [data]) if isinstance(data, pa.Buffer) else [data]
+        for part in parts:
+            whole = memoryview(part)
+            for start in range(0, len(whole), _PIECE):  # kernels take twice the time for one write of many megabytes
+                piece = whole[start : start + _PIECE]
+                self._crc = crc32(piece, self._crc)
+                self._file.write(piece)
+        self.size += len(data)
+        return len(data)
 
     def flush(self) -> None:
         self._file.flush()

@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import cast
 
 import pyarrow as pa
 
@@ -179,3 +180,10 @@ class Blob:
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.data).hexdigest()
+
+    @classmethod
+    def named(cls, sha256: str, data: bytes | memoryview, mime: str) -> Blob:
+        """One that was hashed already; its data may be a view of bytes."""
+        blob = cls(cast(bytes, data), mime)
+        blob.__dict__["sha256"] = sha256
+        return blob

@@ -19,17 +19,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from typing_extensions import Buffer
 
 from replay import manifest
 from replay.index import Index
 from replay.join import joined
 from replay.log import Log
 from replay.manifest import LogState, Manifest
+from replay.pictures import reserved
 from replay.record import ENDS, MOVES, SCHEMAS, STAGES, TERMINAL, Blob, Status, staleness
 from replay.retention import Retention, chosen, compress_cold, finished, remove
 from replay.storage import LocalStorage, StoreError, lock, storage
@@ -42,6 +43,7 @@ _READ_TRIES = 3
 
 _Moves = Set[tuple[str, Status]]
 _Done = tuple[str, int, pa.RecordBatch]  # log, id of the batch in it, batch
+_Rows: TypeAlias = "pa.Table | Sequence[Blob]"
 
 
 @dataclass
@@ -141,13 +143,13 @@ class Store:
 
     # ---- verbs -------------------------------------------------------------------------------------------------
 
-    def put(self, stage: str, rows: pa.Table, blobs: pa.Table | Iterable[Blob] = ()) -> list[str]:
+    def put(self, stage: str, rows: pa.Table, blobs: Iterable[Blob] = ()) -> list[str]:
         """Append a stage's rows; a row that its trajectory's status does not allow (any more) is left out.
 
         Args:
             stage: `pending`, `generated`, `rendered` or `scored`.
             rows: columns of `SCHEMAS[stage]`.
-            blobs: pictures that the rows refer to, also as a table of `SCHEMAS["blobs"]`; durable before the rows are.
+            blobs: pictures that the rows refer to; durable before the rows are.
 
         Returns:
             `ok` or `stale`, one a row.
@@ -157,7 +159,7 @@ class Store:
         """
         return self.put_soon(stage, rows, blobs).answers()
 
-    def put_soon(self, stage: str, rows: pa.Table, blobs: pa.Table | Iterable[Blob] = ()) -> Put:
+    def put_soon(self, stage: str, rows: pa.Table, blobs: Iterable[Blob] = ()) -> Put:
         """`put` in the background: the rows are written in the order of the calls, and count once they are durable.
 
         A row whose trajectory has another one of the same stage under way is `stale`.
@@ -170,8 +172,8 @@ class Store:
             first[name] == k and (name, status) not in under_way and self._may_move(name, attempt, status)
             for k, (name, attempt) in enumerate(zip(names, attempts, strict=True))
         ]
-        pictures = blobs if isinstance(blobs, pa.Table) else blob_table(blobs)
-        writes = [("blobs", pictures)] if pictures.num_rows else []
+        pictures = list(blobs)
+        writes: list[tuple[str, _Rows]] = [("blobs", pictures)] if pictures else []
         if any(fresh):
             writes.append((stage, rows if all(fresh) else rows.filter(pa.array(fresh))))
         moves = {(name, status) for name, ok in zip(names, fresh, strict=True) if ok}
@@ -460,7 +462,7 @@ class Store:
 
     # ---- the logs ----------------------------------------------------------------------------------------------
 
-    def _write(self, writes: list[tuple[str, pa.Table]], answers: list[str], moves: _Moves) -> Put:
+    def _write(self, writes: Sequence[tuple[str, _Rows]], answers: list[str], moves: _Moves) -> Put:
         """Append to one log after the other, each durable before the next begins."""
         done: list[_Done] = []
         written: Future[None] = Future()
@@ -472,11 +474,13 @@ class Store:
         self._under_way.append(put)
         return put
 
-    def _write_now(self, name: str, rows: pa.Table, before: Future[None], done: list[_Done]) -> None:
+    def _write_now(self, name: str, rows: _Rows, before: Future[None], done: list[_Done]) -> None:
         """In a writer's thread."""
         before.result()
-        if name == "blobs":
-            rows = self._new_blobs(rows)
+        parts: list[bytes] = []
+        if not isinstance(rows, pa.Table):
+            new = {b.sha256: b for b in rows if b.sha256 not in self._stored}
+            rows, parts = reserved(list(new.values()))
         if not rows.num_rows:
             return
         log = self._logs[name]
@@ -485,7 +489,7 @@ class Store:
             if log.full:
                 log.seal()
                 self._commit()
-        done.append((name, *log.append(rows)))
+        done.append((name, *log.append(rows, parts)))
         if name == "blobs":
             self._stored.update(rows.column("sha256").to_pylist())
 
@@ -585,12 +589,6 @@ class Store:
     def _end(self, ids: Sequence[int], status: Status, reason: str) -> None:
         self._append_ends([(i, status, reason, -1, 0.0) for i in ids])
 
-    def _new_blobs(self, blobs: pa.Table) -> pa.Table:
-        names = blobs.column("sha256").to_pylist()
-        first = {name: k for k, name in reversed(list(enumerate(names)))}
-        new = [k for k, name in enumerate(names) if name not in self._stored and first[name] == k]
-        return blobs if len(new) == len(names) else blobs.take(pa.array(new, pa.int64()))
-
     # ---- leases and moves --------------------------------------------------------------------------------------
 
     def _moves(self, i: int) -> frozenset[Status]:
@@ -631,20 +629,3 @@ class Store:
         kept = [i for i in ids if i not in spent]
         self._index["claims"][kept] += 1
         return kept
-
-
-def blob_table(blobs: Iterable[Blob]) -> pa.Table:
-    """Pictures as rows of `SCHEMAS["blobs"]`, with their hashes."""
-    each = list(blobs)
-    return picture_table([b.sha256 for b in each], [b.mime for b in each], [b.data for b in each])
-
-
-def picture_table(names: Sequence[str], mimes: Sequence[str], datas: Sequence[Buffer]) -> pa.Table:
-    """Pictures that were hashed already as rows of `SCHEMAS["blobs"]`."""
-    ends = np.cumsum([0, *(memoryview(d).nbytes for d in datas)], dtype=np.int64)
-    data = np.empty(ends[-1], np.uint8)  # numpy copies without the interpreter's lock, bytes.join does not
-    for start, end, picture in zip(ends, ends[1:], datas, strict=False):
-        data[start:end] = np.frombuffer(memoryview(picture), np.uint8)
-    buffers = [None, pa.py_buffer(ends), pa.py_buffer(data)]
-    column = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(datas), buffers)
-    return pa.table([pa.array(names, pa.string()), pa.array(mimes, pa.string()), column], schema=SCHEMAS["blobs"])

@@ -4,11 +4,10 @@ import random
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
-from replay.record import SCHEMAS, Blob
-from replay.store import Store, blob_table
+from replay.record import Blob
+from replay.store import Store
 from replay.verify import verify
 from replay.view import make_shards, shard_of
 from tests.replay.rows import killed, pending, row, to_scored, train
@@ -64,8 +63,7 @@ def test_a_torn_tail_is_a_note_and_a_missing_segment_a_problem(sound: Path) -> N
 def test_a_missing_picture_and_one_under_a_wrong_name_are_found(sound: Path) -> None:
     store = Store(sound)
     store.put("pending", pending("x", given=["0" * 64]))
-    wrong = blob_table([Blob(b"right")]).set_column(0, "sha256", pa.array(["f" * 64]))
-    store._append("blobs", wrong.cast(SCHEMAS["blobs"]))
+    store.put("pending", pending("y", given=["f" * 64]), [Blob.named("f" * 64, b"right", "image/png")])
     store.close()
     problems = "\n".join(verify(sound).problems)
     assert f"picture {'0' * 64} is named by a row, but is not there" in problems
