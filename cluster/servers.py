@@ -15,7 +15,7 @@ from tools.base import spec_of
 
 #: Idle threads sleep at once, so that a node's processes do not fight for its cores.
 SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-#: A learner's tensors without a GPU: one heap that is never given back. Pages fresh from the kernel took a fifth of a
+#: A learner's tensors without a GPU: one heap that is never given back. Pages fresh from the kernel took a seventh of a
 #: step, because large tensors are otherwise mapped anew each time.
 KEPT_HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 #: Keeps libraries quiet.

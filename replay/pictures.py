@@ -1,5 +1,5 @@
 """Pictures as a batch of the log `blobs`, whose bytes stay where they lie until they are written: pictures of a put are
-megabytes, and to copy them into one buffer takes as long as to write them.
+megabytes, and to copy them into one buffer first takes more than half of the time of writing them.
 """
 
 from __future__ import annotations
