@@ -450,7 +450,10 @@ class _Open:
         """Returns the offset where the batch begins."""
         start = self.size or self._header
         self._parts = {last_buffer(batch).address: parts} if parts else {}
-        self._writer.write_batch(batch)
+        try:
+            self._writer.write_batch(batch)
+        finally:
+            self._parts = {}  # another buffer may have this address next
         self._file.flush()
         self._sums.write(f"{self.size} {self._crc}\n")
         self._sums.flush()  # tells a torn tail from damage; the rows do not hang on it, so it is not synced

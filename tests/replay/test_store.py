@@ -197,6 +197,21 @@ def test_a_picture_is_stored_once(store: Store) -> None:
     assert sum(b.num_rows for _, b in store._logs["blobs"]) == 1
 
 
+def test_pictures_that_lie_anywhere_come_back_whole_and_their_memory_is_let_go(store: Store) -> None:
+    """They are written from where they lie; the segment's footer, and the next put, must not be taken for them."""
+    datas = [bytearray(os.urandom(size)) for size in (1, 3 << 20, 7, 200_000)]
+    blobs = [Blob.named(Blob(bytes(d)).sha256, memoryview(d), "image/webp") for d in datas]
+    wanted = {b.sha256: bytes(d) for b, d in zip(blobs, datas, strict=True)}
+    store.put("pending", pending("g0"), blobs)
+    store.put("pending", pending("g1"), [Blob(b"one more")])
+    del blobs
+    for data in datas:
+        data.append(0)  # an error while anybody looks at it
+    for known in (store, reopen(store)):
+        assert {name: blob.data for name, blob in known.blobs(wanted).items()} == wanted
+        assert {blob.mime for blob in known.blobs(wanted).values()} == {"image/webp"}
+
+
 def test_an_open_store_refuses_a_second_owner_by_name(store: Store) -> None:
     with pytest.raises(StoreError, match="is open in process"):
         Store(store.root)
