@@ -200,11 +200,13 @@ def test_a_run_goes_on_with_another_number_of_ranks_as_if_nothing_had_happened(
     o = options(model_dir, RESUMED[name])
     through = run(Job(o, samples, STEPS + 1))
     on_one = run(Job(o, samples, 1, load=two_ranks.checkpoints / f"2 to 1: {name}"))
-    tolerance = 1e-3 if "dtype" in o else 1e-5
+    # Ranks sum in another order. One rank alone that sums in another order ends with a loss that is off by 0.4 % in
+    # bfloat16, and with weights off by 7e-4; the step before had a loss 37 % higher.
+    of_weights, of_loss = (1e-3, 1e-2) if "dtype" in o else (1e-5, 1e-4)
     for resumed in (on_one, *two_ranks.results[f"1 to 2: {name}"]):
         assert resumed.metrics[0]["lr"] == through.metrics[-1]["lr"]
-        assert resumed.metrics[0]["loss"] == pytest.approx(through.metrics[-1]["loss"], rel=max(tolerance, 1e-4))
-        assert apart(resumed.weights, through.weights, through.weights) <= tolerance
+        assert resumed.metrics[0]["loss"] == pytest.approx(through.metrics[-1]["loss"], rel=of_loss)
+        assert apart(resumed.weights, through.weights, through.weights) <= of_weights
 
 
 @pytest.mark.integration
