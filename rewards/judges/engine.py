@@ -13,6 +13,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
+
 from replay.folders import fetched
 from rewards.base import JudgeFailed
 from rewards.judges.answers import Answer, Token, TooLong, refused
@@ -106,6 +108,7 @@ class Engine:
             logprobs=LIKELY,
             structured_outputs=StructuredOutputsParams(json=dict(asked.schema)),
             output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_special_tokens=False,  # else one in a reason is a token that is not in the text
         )
         name = f"judge-{next(self._names)}"
         try:
@@ -121,11 +124,14 @@ class Engine:
         out = final.outputs[0]
         if out.finish_reason == "length" and len(out.token_ids) < asked.max_tokens:
             raise TooLong("the prompt left no room for the judge's answer in the model's context")
-        tokens = [
-            Token(place[token].decoded_token or "", {p.decoded_token or "": p.logprob for p in place.values()})
-            for token, place in zip(out.token_ids, out.logprobs or (), strict=False)
-        ]
-        return Answer(out.text, tokens)
+        likely = [{p.decoded_token or "": p.logprob for p in place.values()} for place in out.logprobs or ()]
+        return Answer(out.text, list(map(Token, self._texts(out.token_ids), likely)))
+
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text: vLLM's own words for the tokens of a split character do not make it up."""
+        tokenizer = self._llm.get_tokenizer()
+        stream = DecodeStream(skip_special_tokens=False)
+        return [stream.step(tokenizer._tokenizer, token) or "" for token in ids]
 
     def _prompt(self, messages: Sequence[Message]) -> dict[str, Any]:
         chat = [{"role": m.role, "content": self._content(m)} for m in messages]

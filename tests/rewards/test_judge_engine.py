@@ -34,7 +34,7 @@ def test_every_answer_of_the_engine_is_a_verdict_with_fine_scores(judge: ModelJu
         found = list(threads.map(judge.judge, map(document, texts)))
     assert all(set(v.scores) == {"text", "image_tags"} for v in found)
     assert all(1 <= score <= 5 for v in found for score in v.scores.values())
-    assert any(score != round(score) for v in found for score in v.scores.values())
+    assert all(score != round(score) for v in found for score in v.scores.values()), "also after a split character"
     judge.check()
 
 
