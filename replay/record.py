@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
 from typing import cast
 
 import pyarrow as pa
@@ -177,13 +176,16 @@ class Blob:
     data: bytes
     mime: str = "image/png"
 
-    @cached_property
+    @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
+        known = vars(self)  # no `cached_property`: before Python 3.12, one lock of it is that of all blobs
+        if "sha256" not in known:
+            known["sha256"] = hashlib.sha256(self.data).hexdigest()
+        return cast(str, known["sha256"])
 
     @classmethod
     def named(cls, sha256: str, data: bytes | memoryview, mime: str) -> Blob:
         """One that was hashed already; its data may be a view of bytes."""
         blob = cls(cast(bytes, data), mime)
-        blob.__dict__["sha256"] = sha256
+        vars(blob)["sha256"] = sha256
         return blob
