@@ -21,7 +21,7 @@ from agent.service.files import Files
 from agent.service.jobs import CANCELLED, WRITING, Agents, Job, Question
 from agent.service.keys import Keys
 from agent.service.problem import Problem
-from agent.service.shapes import AnsweredCall, Feedback, Made, ScalingStage
+from agent.service.shapes import AnsweredCall, Feedback, Made
 from replay.record import Blob
 
 NAMED = 1024  # finished jobs that are followed from memory; older ones come from the files
@@ -118,7 +118,7 @@ class Service:
             html=self.html(job),
             feedback=job.feedback,
             calls=[AnsweredCall(**outcome_json(call)) for call in document.calls],
-            scaling=[ScalingStage(**vars(stage)) for stage in document.scaling],
+            scaling=list(document.scaling),
             images=images,
             finished=usage.finish != "length",
             usage={"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.tokens},

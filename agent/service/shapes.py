@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from agent.answer import Stage
 from agent.scaling import MOST
 from agent.service import chat
 
@@ -59,18 +60,6 @@ class AnsweredCall(BaseModel):
     seconds: float
 
 
-class ScalingStage(BaseModel):
-    """A stage of test-time scaling: tokens, calls, judged documents and seconds spent; its score, and its changes."""
-
-    name: str
-    tokens: int
-    calls: int
-    judged: int
-    seconds: float
-    score: float
-    changed: list[str]
-
-
 class Made(BaseModel):
     """A document: `status` is writing, done, failed or cancelled; `images` are addresses by SHA-256."""
 
@@ -85,7 +74,7 @@ class Made(BaseModel):
     markdown: str
     html: str
     calls: list[AnsweredCall]
-    scaling: list[ScalingStage]
+    scaling: list[Stage]
     images: dict[str, str]
     finished: bool = Field(description="false where the text was cut off at the token limit")
     usage: dict[str, int]

@@ -8,15 +8,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
+
+from tests.local_service import Answering
 
 Misbehaviour = Callable[["Handler"], None]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     server: JudgeService
-    protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -51,16 +52,6 @@ class Handler(BaseHTTPRequestHandler):
         ]
         choice = {"message": {"content": text}, "finish_reason": "stop", "logprobs": {"content": tokens}}
         self.answer(200, {"choices": [choice]})
-
-    def answer(self, status: int, said: Any, **headers: str) -> None:
-        body = said if isinstance(said, bytes) else json.dumps(said).encode()
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None: ...
 
 
 class JudgeService(ThreadingHTTPServer):

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from email.message import Message
 from email.parser import BytesParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from tests.local_service import Answering
 
 Misbehaviour = Callable[["Handler"], None]
 
@@ -28,9 +30,8 @@ def png(size: tuple[int, int] = (48, 32), colour: str = "red") -> bytes:
     return buffer.getvalue()
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     server: PictureService
-    protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["Content-Length"]))
@@ -51,16 +52,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def picture(self, encoded: str) -> None:
         self.answer(200, {"created": 1, "data": [{"b64_json": encoded}]})
-
-    def answer(self, status: int, said: Any, **headers: str) -> None:
-        body = said if isinstance(said, bytes) else json.dumps(said).encode()
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None: ...
 
 
 class PictureService(ThreadingHTTPServer):

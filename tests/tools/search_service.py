@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
+
+from tests.local_service import Answering
 
 Misbehaviour = Callable[["Handler"], None]
 #: What every engine knows of a picture: its title, page, size, and the colour that it has.
@@ -26,9 +27,8 @@ def picture(colour: str) -> bytes:
     return buffer.getvalue()
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     server: SearchService
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
@@ -59,16 +59,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def link(self, known: Known) -> str:
         return f"http://127.0.0.1:{self.server.server_port}/pictures/{known['colour']}"
-
-    def answer(self, status: int, said: Any, **headers: str) -> None:
-        body = said if isinstance(said, bytes) else json.dumps(said).encode()
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None: ...
 
 
 Answers = list[tuple[Known, str]]
