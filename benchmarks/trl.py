@@ -12,8 +12,10 @@ for some more steps, so that what the engine wrote ahead during the first weighs
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import ray
@@ -29,7 +31,7 @@ from cluster.trl_rival import TrlRival
 from cluster.word_craft import documents, prompts, vocabulary
 from corpus.prompts import save
 
-MEASURED = 4  # times that each question is asked
+MEASURED = 16  # times that each question is asked
 OVERRIDES = (
     "prompts.heldout=null",
     "prompts.unseen=null",
@@ -59,7 +61,7 @@ OVERRIDES = (
 
 def run(config: Config) -> dict[str, float]:
     """Returns our samples a second over TRL's (`samples_vs_trl`), the mean reward of our policy less that of TRL's
-    after as many samples (`reward_minus_trl`), and what these are made of.
+    after as many samples (`reward_minus_trl`) with its standard error (`reward_noise`), and what these are made of.
 
     Raises:
         ConfigError: there are too few steps.
@@ -77,10 +79,11 @@ def run(config: Config) -> dict[str, float]:
     train(ours)
     [policy] = Path(ours.folder, "checkpoints").glob(f"step{c.checkpoint_every:06d}.*/policy")
     policies = {"before": start, "trl": f"{folder}/trl/checkpoint-{c.checkpoint_every}", "ours": str(policy)}
-    rewards = {
+    answers = {
         who: _rival(config, f"answers, {who}", "measure", where, questions * MEASURED, config)
         for who, where in policies.items()
     }
+    rewards = {who: mean(of) for who, of in answers.items()}
     times = {"trl": ended, "ours": [row["time"] for row in RunFolder(ours.folder).steps()]}
     speeds = {who: c.prompts_per_step * c.samples_per_prompt / _mean_gap(at) for who, at in times.items()}
     for who, speed in speeds.items():
@@ -88,6 +91,7 @@ def run(config: Config) -> dict[str, float]:
     return {
         "samples_vs_trl": speeds["ours"] / speeds["trl"],
         "reward_minus_trl": rewards["ours"] - rewards["trl"],
+        "reward_noise": math.hypot(*(stdev(answers[who]) / math.sqrt(len(answers[who])) for who in ("ours", "trl"))),
         **{f"samples_per_s_{who}": speed for who, speed in speeds.items()},
         **{f"reward_{who}": reward for who, reward in rewards.items()},
     }

@@ -46,8 +46,8 @@ class TrlRival:
         trainer.train()
         return watch.ended
 
-    def measure(self, model: str, questions: Sequence[str], config: Config) -> float:
-        """Mean reward of a policy's answers to the questions, a step's samples at a time."""
+    def measure(self, model: str, questions: Sequence[str], config: Config) -> list[float]:
+        """Rewards of a policy's answers to the questions, a step's samples at a time."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,7 +69,7 @@ class TrlRival:
             texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             rewards += map(reward, asked, texts)
             self._tell(len(rewards), len(questions))
-        return sum(rewards) / len(rewards)
+        return rewards
 
     def _tell(self, done: int, of: int) -> None:
         self._progress = (done, of)
