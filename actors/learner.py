@@ -8,7 +8,6 @@ mended by `Store.rewind` to the step that the checkpoint manifest names.
 from __future__ import annotations
 
 import random
-import socket
 import statistics
 import threading
 import time
@@ -97,9 +96,10 @@ class LearnerRank:
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 listens for the others."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1" if self._ranks == 1 else "", 0))
-            return (ray.util.get_node_ip_address() if self._ranks > 1 else "127.0.0.1"), free.getsockname()[1]
+        from learners.world import free_port
+
+        host = ray.util.get_node_ip_address() if self._ranks > 1 else "127.0.0.1"
+        return host, free_port(host)
 
     def setup(self, address: tuple[str, int], tag: str | None) -> int:
         """Load model, optimiser and, with `tag`, a checkpoint; returns the optimiser steps done."""

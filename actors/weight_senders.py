@@ -8,7 +8,6 @@ the next version is sent. Both need CUDA; docs/weights.md says what of this has 
 from __future__ import annotations
 
 import math
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -23,6 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from actors.buckets import BUCKET_BYTES
 from actors.weight_transfer import with_head
 from actors.weights import COMMIT_S, Member, Stream
+from learners.world import free_port
 
 SEND_S = 600.0  # the largest weights are on all engines by then
 
@@ -132,7 +132,7 @@ def init_info(backend: str, rank: int, world_size: int, largest: int) -> Trainer
 
         return NCCLTrainerInitInfo(
             master_address=ray.util.get_node_ip_address(),
-            master_port=_free_port(),
+            master_port=free_port(""),
             world_size=world_size,
             packed_buffer_size_bytes=bucket,
             rank=rank,
@@ -162,9 +162,3 @@ def within(seconds: float, what: str, work: Callable[[], None]) -> None:
         future.result(seconds)
     except FutureTimeout:
         raise RuntimeError(f"{what} took longer than {seconds:g} s; has one of them died?") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]

@@ -7,10 +7,11 @@ and nothing else in this folder imports it at module level.
 from __future__ import annotations
 
 import os
+import random
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +20,9 @@ import torch.distributed as dist
 
 #: DeepSpeed's shared-memory all-reduce: built with a C++ compiler at start-up, and only used for inference.
 _UNUSED_OP = "deepspeed_shm_comm"
+
+#: Below those of Linux for outgoing connections (32768 to 60999), above those of Ray's workers (10002 to 19999).
+_PORTS = range(20_000, 32_768)
 
 #: Variables that tell libraries of a rank's place.
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -45,9 +49,17 @@ def together(rank: int, world_size: int) -> Iterator[None]:
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.create_server((address, 0)) as s:
-        return int(s.getsockname()[1])
+    """A TCP port of this machine that nobody listens on now, and that Linux by itself gives to no outgoing connection.
+
+    A rank that calls before the first one listens may be given the port that it calls, and then talks to itself.
+
+    Raises:
+        OSError: none of a hundred was free.
+    """
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with suppress(OSError), socket.create_server((address, port)):
+            return port
+    raise OSError(f"no port of {address} is free among a hundred from {_PORTS.start} to {_PORTS.stop - 1}")
 
 
 def join(rank: int, world_size: int, master_addr: str, master_port: int, timeout_s: float) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -22,3 +23,10 @@ def test_a_port_that_is_taken_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(RuntimeError, match=f"127.0.0.1:{port}"):
             join(0, 1, "127.0.0.1", port, timeout_s=1.0)
+
+
+def test_a_free_port_is_not_one_that_a_call_may_be_given() -> None:
+    """Whoever calls a port of Linux's own range before anybody listens there may be given it, and reach itself."""
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {free_port() for _ in range(200)}
+    assert len(ports) > 100 and max(ports) < low
