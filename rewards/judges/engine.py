@@ -124,14 +124,18 @@ class Engine:
         out = final.outputs[0]
         if out.finish_reason == "length" and len(out.token_ids) < asked.max_tokens:
             raise TooLong("the prompt left no room for the judge's answer in the model's context")
-        likely = [{p.decoded_token or "": p.logprob for p in place.values()} for place in out.logprobs or ()]
-        return Answer(out.text, list(map(Token, self._texts(out.token_ids), likely)))
+        places = list(zip(out.token_ids, out.logprobs or (), strict=False))
+        likely = [{p.decoded_token or "": p.logprob for p in place.values()} for _, place in places]
+        try:
+            texts = self._texts(out.token_ids)
+        except Exception:  # no tokenizer of `tokenizers` (Mistral's is another), or bytes that its stream cannot take
+            texts = [place[token].decoded_token or "" for token, place in places]
+        return Answer(out.text, list(map(Token, texts, likely)))
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text: vLLM's own words for the tokens of a split character do not make it up."""
-        tokenizer = self._llm.get_tokenizer()
-        stream = DecodeStream(skip_special_tokens=False)
-        return [stream.step(tokenizer._tokenizer, token) or "" for token in ids]
+        tokenizer, stream = self._llm.get_tokenizer()._tokenizer, DecodeStream(skip_special_tokens=False)
+        return [stream.step(tokenizer, token) or "" for token in ids]
 
     def _prompt(self, messages: Sequence[Message]) -> dict[str, Any]:
         chat = [{"role": m.role, "content": self._content(m)} for m in messages]

@@ -38,6 +38,19 @@ def test_every_answer_of_the_engine_is_a_verdict_with_fine_scores(judge: ModelJu
     judge.check()
 
 
+def test_a_tokenizer_without_a_stream_costs_no_verdict(judge: ModelJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bare:
+        """All that is left of a tokenizer that is not of `tokenizers`."""
+
+        def __init__(self, whole: Any) -> None:
+            self.apply_chat_template, self.encode = whole.apply_chat_template, whole.encode
+
+    llm = judge._backend._llm  # type: ignore[attr-defined]
+    bare = Bare(llm.get_tokenizer())
+    monkeypatch.setattr(llm, "get_tokenizer", lambda: bare)
+    assert judge.judge(document("Cuzco and its tokens.")).scores
+
+
 def test_a_document_beyond_the_models_context_is_judged_in_part(judge: ModelJudge) -> None:
     """Also one that would leave no room for the answer."""
     for words in (20_000, 1000, 900, 800):

@@ -35,16 +35,13 @@ DOCUMENTS = {
 }
 
 
-def test_pictures_of_a_document_and_of_the_user_reach_the_model_each_in_its_place(
-    tmp_path: Path,
-) -> None:
+def test_pictures_of_a_document_and_of_the_user_reach_the_model_each_in_its_place(tmp_path: Path) -> None:
     install_torchvision(tmp_path / "torchvision")
     with process_with(tmp_path / "torchvision") as child:
         model = child.submit(build, tmp_path / "model").result(120)
         documents = [draft.render() for draft in DOCUMENTS.values()]
-        found: dict[str, Verdict] = dict(
-            zip(DOCUMENTS, child.submit(judged, model, documents).result(240), strict=True)
-        )
+        verdicts = child.submit(judged, model, documents).result(240)
+    found: dict[str, Verdict] = dict(zip(DOCUMENTS, verdicts, strict=True))
     for verdict in found.values():
         assert set(verdict.scores) == {"image_quality", "task_relevance", "text_image_relevance"}
         assert all(1 <= score <= 5 for score in verdict.scores.values())
