@@ -18,7 +18,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
-from actors.engine import Engine, Piece
+from actors.engine import Engine, Piece, PromptRefused
 from actors.serving import JudgeClient, Outage, ToolClient, last_line
 from actors.writer import EngineWriter
 from agent.answer import News, Sampled, Usage, events_of, write
@@ -92,8 +92,6 @@ class Agent:
 
     async def write(self, question: Question) -> AsyncGenerator[list[News] | str, None]:
         """The events of an answer, those of JOIN_S together; a string says why there can be none."""
-        from vllm.exceptions import VLLMClientError  # not above: the driver has no need of vLLM
-
         told: list[News] = []
         news = asyncio.Event()
 
@@ -113,7 +111,7 @@ class Agent:
                     yield batch
                     await asyncio.wait({task}, timeout=JOIN_S)
             task.result()
-        except (VLLMClientError, CannotWrite) as error:  # too long for the model
+        except (PromptRefused, CannotWrite) as error:
             yield f"prompt: {error}"
         finally:
             task.cancel()

@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 KV_CACHE_BYTES = 256 << 20  # on CPU; without a bound vLLM takes a share of all memory and a second engine fails
 CALL_S = 600.0  # a call of the engine's process has an answer by then, also one that loads the largest weights
+WATCH_S = 30.0  # between two looks whether the engine's process still answers
 
 #: Backend of the weights -> name of vLLM's weight transfer. The host's is ours (`actors/weight_transfer.py`).
 TRANSFERS = {"host": "llmi_host", "nccl": "nccl", "ipc": "ipc"}
@@ -35,6 +36,10 @@ TRANSFERS = {"host": "llmi_host", "nccl": "nccl", "ipc": "ipc"}
 
 class EngineDied(RuntimeError):
     """The engine's process is gone or does not answer; whoever needs it starts another."""
+
+
+class PromptRefused(ValueError):
+    """The engine cannot go on from this prompt: it is too long, say."""
 
 
 class WeightsRefused(RuntimeError):
@@ -137,6 +142,10 @@ class Engine:
             request: unique name.
             prompt_ids: tokens of the prompt.
             sampling: vLLM's SamplingParams.
+
+        Raises:
+            PromptRefused: such a prompt has no answer.
+            EngineDied: before there was one.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -250,6 +259,12 @@ class Engine:
         else:
             raise ValueError(f"no step {step!r} of a weight transfer with version {version}")
 
+    async def watch(self) -> None:
+        """Look for ever whether the engine's process answers between its steps. Raises EngineDied once it does not."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            await self._answer(self._llm.is_paused())
+
     def check(self) -> None:
         """Raises EngineDied where nothing would be answered any more."""
         if self._llm.errored:
@@ -269,6 +284,7 @@ class Engine:
     async def _outputs(
         self, request: str, prompt_ids: list[int], params: Any, adapter: _Adapter | None
     ) -> AsyncGenerator[Any, None]:
+        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         prompt, lora = {"prompt_token_ids": prompt_ids}, adapter.request if adapter else None
@@ -277,6 +293,8 @@ class Engine:
                 yield output
         except EngineDeadError as error:
             raise EngineDied("the engine's process died") from error
+        except VLLMClientError as error:
+            raise PromptRefused(str(error)) from error
 
     async def _answer(self, call: Awaitable[T]) -> T:
         """vLLM lets callers of a dead engine wait for ever: look every second whether it lives."""

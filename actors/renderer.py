@@ -86,6 +86,7 @@ class Renderer(StageWorker):
                 SCHEMAS["rendered"],
             )
             await self._store.put("rendered", table, made)
+            self._outages.pop(name, None)
             self.end(1, seconds)
         finally:
             self._slots.release()

@@ -15,7 +15,7 @@ import ray
 
 from actors import metrics
 from actors.buckets import BucketGone
-from actors.engine import Engine, EngineDied
+from actors.engine import Engine, EngineDied, PromptRefused
 from actors.weights import Puller, Weights
 from actors.worker import StageWorker
 from replay.record import SCHEMAS, staleness, updates
@@ -89,6 +89,7 @@ class RolloutWorker(StageWorker):
                 group.create_task(self._claim())
                 group.create_task(self._put())
                 group.create_task(self._follow())
+                group.create_task(self._engine.watch())
         except* EngineDied as died:
             print(f"{self._name} starts anew: {died.exceptions[0]}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -129,14 +130,21 @@ class RolloutWorker(StageWorker):
         self._free -= len(rows)
         self.begin(len(rows))
         for row in rows:
-            self._group.create_task(self._sample(row))
+            self._group.create_task(self._sample(claim.token, row))
 
-    async def _sample(self, row: dict[str, Any]) -> None:
+    async def _sample(self, token: int, row: dict[str, Any]) -> None:
         started = time.monotonic()
         ids = self._engine.prompt_ids(row["question"], self._system)
-        out = await self._engine.complete(
-            f"{row['trajectory']}@{row['attempt']}", ids, self._sampling | {"seed": row["seed"]}
-        )
+        try:
+            out = await self._engine.complete(
+                f"{row['trajectory']}@{row['attempt']}", ids, self._sampling | {"seed": row["seed"]}
+            )
+        except PromptRefused as refused:
+            await self._store.ack(token, {row["trajectory"]: ("dropped_data", f"prompt: {refused}")})
+            self.failed("data")
+            self._free += 1
+            self.end(1)
+            return
         self._done.put_nowait(
             {
                 **{k: row[k] for k in ("trajectory", "group", "attempt")},
@@ -183,10 +191,11 @@ class RolloutWorker(StageWorker):
                 async with self._puller.pull(weights) as buckets:
                     self.totals["pause_s"] += await self._engine.update(buckets, weights.version, weights.adapter)
             except BucketGone as gone:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"{self._name} cannot pull version {weights.version}: {gone}") from gone
                 newer = await self._hub.newer.remote(weights.version, 1.0)
-                weights = newer[1] if newer else weights
+                if newer and newer[1].version != weights.version:  # pulling takes as long as a step: no fault
+                    weights, deadline = newer[1], time.monotonic() + GONE_S
+                elif time.monotonic() > deadline:
+                    raise RuntimeError(f"{self._name} cannot pull version {weights.version}: {gone}") from gone
             else:
                 self._hold(weights.version, weights.checksum)
 

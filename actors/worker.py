@@ -40,7 +40,7 @@ class StageWorker:
         self._leases: set[int] = set()
         self.totals: dict[str, float] = defaultdict(float)
         self._started = time.monotonic()
-        self._main: asyncio.Task[None] | None = None
+        self._begun: asyncio.Task[asyncio.Task[None]] | None = None
         self._active = 0
         self._active_since = 0.0
 
@@ -53,12 +53,11 @@ class StageWorker:
 
     async def ping(self) -> dict[str, float]:
         """Start the loop if it does not run; say how it is. Raises what ended the loop."""
-        if self._main is None:
-            await self.setup()
-            self._started = time.monotonic()
-            self._main = asyncio.create_task(self._live())
-        if self._main.done():
-            _raise_first(self._main.exception())
+        if self._begun is None:
+            self._begun = asyncio.create_task(self._begin())
+        main = await asyncio.shield(self._begun)  # others ping meanwhile
+        if main.done():
+            _raise_first(main.exception())
             raise RuntimeError(f"the loop of {self.stage} ended")
         return {**self.totals, "alive_s": time.monotonic() - self._started, "busy_s": self._busy()}
 
@@ -73,6 +72,11 @@ class StageWorker:
         if claim is not None:
             self._leases.add(claim.token)
         return claim
+
+    async def _begin(self) -> asyncio.Task[None]:
+        await self.setup()
+        self._started = time.monotonic()
+        return asyncio.create_task(self._live())
 
     async def _live(self) -> None:
         async with asyncio.TaskGroup() as group:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from actors.engine import Engine, Piece
+from actors.engine import Engine, Piece, PromptRefused
 from agent.workshop import CannotWrite, Draft, Messages
 
 
@@ -40,7 +40,7 @@ class EngineWriter:
         """An answer piece by piece; `written`, with which it begins, is the first.
 
         Raises:
-            vllm.exceptions.VLLMClientError: the conversation is too long for the model.
+            PromptRefused: the conversation is too long for the model.
         """
         before = self._engine.tokenizer.encode(written, add_special_tokens=False) if written else []
         params = self._sampling | ({} if seed is None else {"seed": seed})
@@ -54,11 +54,9 @@ class EngineWriter:
 
     async def write(self, messages: Messages, written: str, seed: int) -> Draft:
         """A whole answer. Raises CannotWrite where the conversation is too long for the model."""
-        from vllm.exceptions import VLLMClientError  # not above: the driver has no need of vLLM
-
         try:
             pieces = [piece async for piece in self.stream(messages, written, seed)]
-        except VLLMClientError as error:
+        except PromptRefused as error:
             raise CannotWrite(str(error)) from error
         tokens = sum(len(piece.token_ids) for piece in pieces[1:])
         return Draft("".join(piece.text for piece in pieces), tokens, pieces[-1].finish != "length")

@@ -54,7 +54,7 @@ OVERRIDES = (
     "learner.betas=[0.9, 0.999]",
     "learner.schedule=constant",
     "learner.warmup_steps=0",
-    "learner.checkpoint_every=4",
+    "learner.checkpoint_every=8",
     "learner.keep=100",
 )
 

@@ -283,7 +283,7 @@ class Config(_Section):
     run_dir: str = Field("runs", description="where run folders lie: a folder, or s3://BUCKET/PATH")
     pool: str | None = Field(None, description="attach to the running tool and judge servers of this name")
     seed: int = 0
-    stall_s: float = Field(600.0, gt=0, description="seconds without an optimiser step after which a run gives up")
+    stall_s: float = Field(1800.0, gt=0, description="seconds without an optimiser step after which a run gives up")
     train: Train = Train()
     prompts: Prompts = Prompts()
     policy: Policy

@@ -24,6 +24,7 @@ from actors.store import StoreActor, StoreClient
 from actors.weights import WeightHub, Weights
 from agent.prompt import system_prompt
 from cluster.config import Config, Resources, reward_terms, scores_calls
+from cluster.console import say
 from cluster.servers import RunFailed, actor_options, deploy, judges, learner_options, tool_specs
 from learners.checkpoint import CONVERT_S
 from replay.record import Prompt, version
@@ -32,7 +33,8 @@ from replay.store import Retention
 from replay.view import make_shards
 
 SERVICE = Resources(cpus=0.01, gpus=0)  # hub and feeder: one small process each
-START_S = 300.0  # an actor or a Serve application must be up by then
+START_S = 1800.0  # nodes that an autoscaler adds, and the largest weights, are there by then
+SLOW_S = 120.0  # whoever takes longer to start is spoken of
 PING_S = 120.0
 
 STAGES = ("rollout", "render", "score", "learn")
@@ -77,9 +79,11 @@ def serving(config: Config) -> Iterator[str]:
     started = init_ray()
     try:
         apps = deploy(config, config.name)
-        yield config.name
-        for app in apps:
-            serve.delete(app, _blocking=False)
+        try:
+            yield config.name
+        finally:
+            for app in apps:
+                serve.delete(app, _blocking=False)
     finally:
         if started:
             ray.shutdown()
@@ -178,13 +182,13 @@ class Pools:
     def steps(self, since: int) -> list[dict[str, float]]:
         """Metrics of the optimiser steps from index `since` on. Raises RunFailed if the learner died."""
         try:
-            return ray.get(self.learners[0].history.remote(since), timeout=PING_S)
+            return self._ask(self.learners[0].history.remote(since), "learner rank 0")
         except ray.exceptions.ActorDiedError as cause:
             raise _died("learn", cause) from cause
 
     def evaluate(self, purpose: str, prompts: Sequence[Prompt], on_progress: Any = None) -> None:
         """Run a prompt set through rollout, tools and judges; returns when every document has come to an end."""
-        ray.get(self.feeder.accept.remote(purpose, list(prompts)), timeout=PING_S)
+        self._ask(self.feeder.accept.remote(purpose, list(prompts)), "feeder")
         self.wait_for(purpose, len(prompts), on_progress)
 
     def wait_for(self, purpose: str, documents: int, on_progress: Any = None) -> None:
@@ -208,13 +212,13 @@ class Pools:
 
     def focus(self, purpose: str | None) -> None:
         """Make rollout workers take only prompts of this purpose, or any."""
-        ray.get([w.focus.remote(purpose) for w in self.rollouts], timeout=PING_S)
+        self._ask([w.focus.remote(purpose) for w in self.rollouts], "rollout workers")
 
     def wait_for_version(self, packed: int) -> None:
         """Wait until every rollout worker has this policy version, and the same weights."""
         deadline = time.monotonic() + PING_S
-        wanted = packed, self._get(self.hub.current.remote(), "hub")[1]
-        while set(found := ray.get([w.weights.remote() for w in self.rollouts], timeout=PING_S)) != {wanted}:
+        wanted = packed, self._ask(self.hub.current.remote(), "hub")[1]
+        while set(found := self._ask([w.weights.remote() for w in self.rollouts], "rollout workers")) != {wanted}:
             if time.monotonic() > deadline:
                 raise RunFailed(f"after {PING_S:g} s rollout workers have (version, checksum) {found}, not {wanted}")
             time.sleep(0.1)
@@ -373,8 +377,17 @@ class Pools:
     def learners(self) -> list[Any]:
         return self._stages.get("learn", [])
 
+    def _ask(self, refs: Any, who: str) -> Any:
+        try:
+            return ray.get(refs, timeout=PING_S)
+        except ray.exceptions.GetTimeoutError:
+            raise RunFailed(f"the driver waited {PING_S:g} s for an answer of {who}") from None
+
     def _get(self, refs: Any, who: str, wait_s: float = START_S) -> Any:
         try:
+            with contextlib.suppress(ray.exceptions.GetTimeoutError):
+                return ray.get(refs, timeout=SLOW_S)
+            say(f"still waiting for {who} to start; `llmi train --dry-run` shows what is asked for, `ray status` why")
             return ray.get(refs, timeout=wait_s)
         except ray.exceptions.GetTimeoutError:
             raise RunFailed(

@@ -210,9 +210,11 @@ class Trainer(tune.Trainable):
         state = self._pools.store.now(self._pools.store.state("train"))
         kinds = ("infrastructure", "judge", "data")
         failures = {s: {k: int(w[k]) for w in ws for k in kinds if w.get(k)} for s, ws in stages.items()}
+        c = self.run.learner
         return (
-            f"the learner waited {self.run.stall_s:g} s for {self.run.learner.prompts_per_step} complete groups; "
-            f"the store holds {state['counts']}; failures: { ({s: f for s, f in failures.items() if f} or 'none') }"
+            f"no optimiser step in {self.run.stall_s:g} s (stall_s); one takes {c.prompts_per_step} complete groups of "
+            f"{c.samples_per_prompt} documents, and the store holds {state['counts']}; "
+            f"failures: { ({s: f for s, f in failures.items() if f} or 'none') }"
         )
 
     def _prompts(self, name: str) -> list[Any]:

@@ -269,8 +269,7 @@ def test_weights_that_are_not_the_models_are_refused_and_right_ones_mend_the_eng
 @pytest.mark.slow
 def test_an_engine_that_dies_in_the_middle_of_an_update_starts_anew_with_the_newest_weights(bench: Bench) -> None:
     rows, _ = group_rows(Prompt("killed", "what is a dog?"), "killed", 0, 8, 0)
-    old = ray.get(bench.workers[0].apply.remote(_pid), timeout=60)
-    [engine] = [p for p in psutil.Process(old).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+    old, engine = _engine(bench.workers[0])
     engine.suspend()  # it answers nothing from here on
     bench.learn()
     bench.publish()
@@ -278,18 +277,33 @@ def test_an_engine_that_dies_in_the_middle_of_an_update_starts_anew_with_the_new
     time.sleep(3.0)
     assert ray.get(bench.workers[0].weights.remote(), timeout=60)[0] == bench.version - 1
     engine.kill()
-    deadline = time.monotonic() + 120
-    while True:
-        with contextlib.suppress(ray.exceptions.ActorUnavailableError):
-            ray.get(bench.workers[0].ping.remote(), timeout=120)  # the first ping of a new life starts its loop
-            if ray.get(bench.workers[0].apply.remote(_pid), timeout=60) != old:
-                break
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    _wait_for_another_life(bench.workers[0], old)
     bench.wait_for(bench.version)
     for found in bench.scores():
         assert found == pytest.approx(bench.logprobs(SEQUENCE), abs=CLOSE)
     assert len(_rows(bench.store, "killed", 8)) == 8, "what the dead engine had under way is written by another"
+
+
+@pytest.mark.slow
+def test_an_engine_that_hangs_while_nothing_is_updated_is_replaced(bench: Bench) -> None:
+    old, engine = _engine(bench.workers[0])
+    ray.get(bench.workers[0].apply.remote(_impatient), timeout=60)
+    engine.suspend()
+    rows, _ = group_rows(Prompt("hung", "what is a dog?"), "hung", 0, 8, 0)
+    bench.store.now(bench.store.put("pending", rows))
+    _wait_for_another_life(bench.workers[0], old)
+    assert len(_rows(bench.store, "hung", 8)) == 8
+
+
+def test_a_prompt_that_the_engine_cannot_take_is_dropped_and_its_worker_goes_on(bench: Bench) -> None:
+    for name, question in (("long", "what is a cat? " * 200), ("after", "what is a cat?")):
+        rows, _ = group_rows(Prompt(name, question), name, 0, 4, 0)
+        bench.store.now(bench.store.put("pending", rows))
+    assert len(_rows(bench.store, "after", 4)) == 4
+    assert bench.store.now(bench.store.state("long"))["counts"] == {"dropped_data": 4}
+    [_, (status, why), *_] = bench.store.now(bench.store.ends("long")).values()
+    assert status == "dropped_data" and why.startswith("prompt: This model's maximum context length is 512 tokens")
+    assert sum(w["data"] for w in ray.get([w.ping.remote() for w in bench.workers], timeout=60) if "data" in w) == 4
 
 
 def test_wrong_weights_end_a_worker_in_one_clear_sentence(bench: Bench) -> None:
@@ -304,6 +318,30 @@ async def _update(worker: Any, buckets: list[Bucket], version: int) -> None:
 
 async def _score(worker: Any, ids: list[int]) -> list[float]:
     return await worker._engine.score(f"score-{time.monotonic()}", ids)
+
+
+def _engine(worker: Any) -> tuple[int, psutil.Process]:
+    """A worker's process, and its engine's."""
+    pid = ray.get(worker.apply.remote(_pid), timeout=60)
+    [engine] = [p for p in psutil.Process(pid).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+    return pid, engine
+
+
+def _impatient(worker: Any) -> None:
+    import actors.engine
+
+    actors.engine.CALL_S = 2.0
+
+
+def _wait_for_another_life(worker: Any, old: int) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(ray.exceptions.ActorUnavailableError):
+            ray.get(worker.ping.remote(), timeout=120)  # the first ping of a new life starts its loop
+            if ray.get(worker.apply.remote(_pid), timeout=60) != old:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def _refused(worker: Any, why: str) -> None:
