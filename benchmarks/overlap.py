@@ -21,12 +21,13 @@ from cluster.slow_servers import PIECES, documents, install, prompts
 from cluster.synchronous import SynchronousTrainer
 from cluster.train import Trainer, train
 from corpus.prompts import save
+from evals.heldout import noise
 from replay.view import View
 
-HELDOUT = 3  # times that each question is asked
+HELDOUT = 8  # times that each question is asked
 _JUDGE = "{judge: 'cluster.slow_servers:Critic', concurrency: 8, options: {seconds: 1.0}}"
 OVERRIDES = (
-    "prompts.heldout_count=96",
+    "prompts.heldout_count=256",
     "prompts.unseen=null",
     "policy.tiny={vocab_size: 512, hidden_size: 128, layers: 2, heads: 2}",
     "sft.documents=2400",
@@ -53,9 +54,9 @@ OVERRIDES = (
 def run(config: Config) -> dict[str, float]:
     """Returns how many times as long the synchronous run takes (`async_vs_sync`), from the start of the first step to
     the end of the last, and by how much the asynchronous policy's reward on held-out prompts differs after as many
-    samples (`reward_minus_sync`). Of each run: seconds a step, those that the learner works, rewards before and after,
-    tool calls a document, versions between a document's oldest token and its training, and documents written again
-    because they were too old.
+    samples (`reward_minus_sync`), with the standard error of that (`reward_noise`). Of each run: seconds a step, those
+    that the learner works, rewards before and after, tool calls a document, versions between a document's oldest token
+    and its training, and documents written again because they were too old.
     """
     folder = Path(config.folder)
     folder.mkdir(parents=True)
@@ -72,23 +73,26 @@ def run(config: Config) -> dict[str, float]:
     }
     in_turns = {"name": f"{config.name}-sync", "learner": config.learner.model_copy(update={"max_staleness": 0})}
     at_once = {"name": f"{config.name}-async"}
-    sync = _arm(config.model_copy(update=shared | in_turns), SynchronousTrainer)
-    overlapped = _arm(config.model_copy(update=shared | at_once), Trainer)
+    sync, theirs = _arm(config.model_copy(update=shared | in_turns), SynchronousTrainer)
+    overlapped, ours = _arm(config.model_copy(update=shared | at_once), Trainer)
     results = {
         "async_vs_sync": sync["step_s"] / overlapped["step_s"],
         "reward_minus_sync": overlapped["reward_after"] - sync["reward_after"],
+        "reward_noise": noise(ours, theirs),
     }
     for name, arm in (("sync", sync), ("async", overlapped)):
         results |= {f"{name}_{key}": value for key, value in arm.items()}
     return results
 
 
-def _arm(config: Config, trainer: type[Trainer]) -> dict[str, float]:
+def _arm(config: Config, trainer: type[Trainer]) -> tuple[dict[str, float], list[float]]:
+    """What a run was like, and the held-out documents' rewards after it."""
     say(f"overlap: {config.name}")
     summary, steps = train(config, trainer_class=trainer), RunFolder(config.folder).steps()
     store = View(f"{config.folder}/replay")
     written = store.get(store.find("train"), ["calls"])
-    return {
+    after = store.get(store.find("after-heldout"), ["reward_strict"]).column("reward_strict").to_pylist()
+    figures = {
         "step_s": (steps[-1]["time"] - steps[0]["time"] + steps[0]["step_s"]) / len(steps),
         "learn_s": statistics.fmean(s["step_s"] - s["wait_s"] for s in steps),
         "reward_before": summary["reward_before"],
@@ -97,3 +101,4 @@ def _arm(config: Config, trainer: type[Trainer]) -> dict[str, float]:
         "staleness": statistics.fmean(s["staleness"] for s in steps),
         "written_again": statistics.fmean(written.column("attempt").to_pylist()),
     }
+    return figures, after

@@ -12,10 +12,9 @@ for some more steps, so that what the engine wrote ahead during the first weighs
 from __future__ import annotations
 
 import importlib.util
-import math
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import ray
@@ -30,6 +29,7 @@ from cluster.train import train
 from cluster.trl_rival import TrlRival
 from cluster.word_craft import documents, prompts, vocabulary
 from corpus.prompts import save
+from evals.heldout import noise
 
 MEASURED = 16  # times that each question is asked
 OVERRIDES = (
@@ -91,7 +91,7 @@ def run(config: Config) -> dict[str, float]:
     return {
         "samples_vs_trl": speeds["ours"] / speeds["trl"],
         "reward_minus_trl": rewards["ours"] - rewards["trl"],
-        "reward_noise": math.hypot(*(stdev(answers[who]) / math.sqrt(len(answers[who])) for who in ("ours", "trl"))),
+        "reward_noise": noise(answers["ours"], answers["trl"]),
         **{f"samples_per_s_{who}": speed for who, speed in speeds.items()},
         **{f"reward_{who}": reward for who, reward in rewards.items()},
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 #: Columns of the store that a summary is made of.
@@ -44,3 +45,8 @@ def _means(rows: list[Mapping[str, Any]]) -> dict[str, float]:
         "tool_accuracy": statistics.fmean(r["accurate"] for r in rows),
         "exact_plan": statistics.fmean(r["accurate"] and len(r["calls"]) == len(r["tools"]) for r in rows),
     }
+
+
+def noise(a: Sequence[float], b: Sequence[float]) -> float:
+    """Standard error of the difference of two means; at least two rewards each."""
+    return math.hypot(*(statistics.stdev(rewards) / math.sqrt(len(rewards)) for rewards in (a, b)))

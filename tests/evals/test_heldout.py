@@ -1,6 +1,8 @@
 from typing import Any
 
-from evals.heldout import class_of, summarise
+import pytest
+
+from evals.heldout import class_of, noise, summarise
 
 
 def row(tools: list[str], calls: int, accurate: bool, reward: float | None) -> dict[str, Any]:
@@ -32,3 +34,8 @@ def test_no_documents_are_no_error() -> None:
     assert summarise([]) == {
         "documents": 0, "unscored": 0, "reward": 0.0, "tool_accuracy": 0.0, "exact_plan": 0.0, "by_class": {},
     }  # fmt: skip
+
+
+def test_the_noise_of_a_difference_is_that_of_both_means() -> None:
+    assert noise([0.0, 1.0] * 50, [0.5] * 100) == pytest.approx(0.05025, abs=1e-5)
+    assert noise([0.0, 1.0] * 50, [0.0, 1.0] * 50) == pytest.approx(0.05025 * 2**0.5, abs=1e-5)
