@@ -6,9 +6,10 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from cluster.config import Config
+from cluster.config import Config, ConfigError
 from cluster.console import say
 from replay import folders
 from replay.checkpoints import Checkpoints
@@ -16,7 +17,7 @@ from replay.storage import storage
 from replay.view import wait_until_free
 
 CONFIG, METRICS, SUMMARY, REPORT = "config.yaml", "metrics.jsonl", "summary.json", "report.html"
-_ORIGIN = "origin"
+_ORIGIN, _START = "origin", "start"
 
 
 class RunFolder:
@@ -28,7 +29,7 @@ class RunFolder:
 
     def __init__(self, url: str) -> None:
         self.url, self._files = url, storage(url, read_only=True)
-        self.replay, self.start, self.policy = (f"{url}/{name}" for name in ("replay", "start", "policy"))
+        self.replay, self.start, self.policy = (f"{url}/{name}" for name in ("replay", _START, "policy"))
         self.checkpoints = Checkpoints(f"{url}/checkpoints")
         self._rows: dict[int, dict[str, Any]] | None = None
 
@@ -36,10 +37,20 @@ class RunFolder:
         """StoreError, in one sentence, if nothing could be written here."""
         self._files.check()
 
+    def check_begin(self, config: Config) -> None:
+        """ConfigError if a new run here would move aside what it is to begin with."""
+        if not self._earlier():
+            return
+        for key, url in {"policy.path": config.policy.path, "train.store": config.train.store}.items():
+            if url and _path(url).is_relative_to(_path(self.url)):
+                raise ConfigError(
+                    f"{key} {url} lies in {self.url}, which a new run of that name moves aside: give it another name="
+                )
+
     def open(self, config: Config, resume: bool) -> None:
         """Make the folder, or take it up again, once nobody writes to it any more.
 
-        A folder of an earlier run is moved aside (`NAME.old-TIME`), never written over.
+        A folder of an earlier run is moved aside (`NAME.old-TIME`), never written over; a cold start alone is kept.
 
         Raises:
             FileNotFoundError: `resume`, and there is nothing to resume.
@@ -48,7 +59,7 @@ class RunFolder:
         if resume and not self.has(CONFIG):
             raise FileNotFoundError(f"nothing to resume in {self.url}; start without --resume")
         wait_until_free(self.replay, say)
-        if not resume and folders.exists(self.url):
+        if not resume and self._earlier():
             aside = f"{self.url}.old-{time.strftime('%Y%m%d-%H%M%S')}"
             say(f"moving the earlier run to {aside}")
             folders.move(self.url, aside, CONFIG)
@@ -100,9 +111,18 @@ class RunFolder:
     def summarise(self, summary: Mapping[str, Any]) -> None:
         self.write(SUMMARY, json.dumps(summary, indent=2) + "\n")
 
+    def _earlier(self) -> bool:
+        """Whether there is more here than what `llmi sft` makes."""
+        return bool(self._files.files("")) or any(name != _START for name in folders.subfolders(self.url))
+
     def _keep(self, rows: list[dict[str, Any]]) -> None:
         self._rows = {row["step"]: row for row in rows}
         self.write(METRICS, "".join(map(_line, self._rows.values())))
+
+
+def _path(url: str) -> Path:
+    """A place, to compare with others; a URL of a bucket is a path of its own then."""
+    return Path(url.removeprefix("file://")).expanduser().resolve()
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -42,7 +42,10 @@ _POINTER = "run.json"
 def train(config: Config, resume: bool = False, trainer_class: type[Trainer] | None = None) -> dict[str, Any]:
     """Run a config to its end; returns the summary. Raises RunFailed."""
     started = time.monotonic()
-    RunFolder(config.folder).check()
+    folder = RunFolder(config.folder)
+    folder.check()
+    if not resume:
+        folder.check_begin(config)
     if config.train.store and not resume and not is_store(config.train.store):
         raise RunFailed(f"there is no replay store in {config.train.store}, which train.store names")
     init_ray()

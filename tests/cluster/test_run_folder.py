@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from cluster import cli
-from cluster.config import Config, ConfigError, load
+from cluster.config import Config, ConfigError, Policy, load
 from cluster.run_folder import CONFIG, METRICS, SUMMARY, RunFolder
 from cluster.serve import policy_folder
-from replay.folders import exists, subfolders, written
+from replay.folders import exists, is_model, subfolders, written
 from replay.storage import LocalStorage, Locked, StoreError
 from replay.store import Store
 from replay.view import View, copy, is_store, make_shards
@@ -71,6 +71,25 @@ def test_an_earlier_run_is_moved_aside_whole(config: Config) -> None:
 
 
 def test_a_run_that_is_under_way_is_neither_moved_nor_taken_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cold_start_alone_is_kept_and_no_policy_or_store_is_moved_away_from_its_run(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(config.folder)
+    with written(folder.start) as start:
+        Path(start).mkdir()
+        Path(start, "config.json").touch()
+    folder.check_begin(config.model_copy(update={"policy": Policy(path=folder.start)}))
+    opened(config)
+    assert is_model(folder.start) and subfolders(config.run_dir) == ["tiny"]
+    monkeypatch.setattr("cluster.train.init_ray", lambda: pytest.fail("Ray was started"))
+    for key, place in (("policy.path", folder.start), ("train.store", folder.replay)):
+        Store(make_shards(folder.replay, 1)[0]).close()
+        given = [f"run_dir={config.run_dir}", f"{key}={place}", *["policy.tiny=null"] * (key == "policy.path")]
+        assert said(monkeypatch, capsys, "train", str(TINY), *given) == (
+            f"llmi: {key} {place} lies in {folder.url}, which a new run of that name moves aside: give it another name="
+        )
+
+
     for storage in ("LocalStorage", "S3Storage"):
         monkeypatch.setattr(f"replay.storage.{storage}.PATIENCE_S", 1.0)
     folder = opened(config)
