@@ -240,7 +240,14 @@ class StoreClient:
 
     def now(self, verb: Coroutine[Any, Any, T], timeout_s: float = 120.0) -> T:
         """Run a verb to its end where no event loop runs. Raises TimeoutError after `timeout_s` seconds."""
-        return asyncio.run(asyncio.wait_for(verb, timeout_s))
+        try:
+            return asyncio.run(asyncio.wait_for(verb, timeout_s))
+        except TimeoutError:
+            name = getattr(verb, "__name__", "a call")
+            raise TimeoutError(
+                f"the replay store did not answer `{name}` in {timeout_s:g} s: see whether its node is overloaded or "
+                "its disk hangs, then go on with --resume"
+            ) from None
 
     async def _all(self, verb: str, *args: Any) -> list[Any]:
         return list(await asyncio.gather(*(getattr(shard, verb).remote(*args) for shard in self._shards)))

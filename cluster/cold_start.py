@@ -71,6 +71,17 @@ def cold_start(config: Config, folder: str) -> str:
         progress.show_of(*ray.get(actor.progress.remote(), timeout=PING_S))
     except ray.exceptions.RayTaskError as error:
         raise RunFailed(f"the cold start failed: {error.cause!r}") from error
+    except ray.exceptions.GetTimeoutError:
+        c = config.learner
+        asked = ", ".join(f"{n:g} {what}" for what, n in {"CPU": c.cpus, "GPU": c.gpus, **c.resources}.items() if n)
+        raise RunFailed(
+            f"waited {PING_S:g} s for the cold start to answer: most often no node has a place for it, which is a "
+            f"learner's ({asked}); lower what `learner` asks for, or add a node"
+        ) from None
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+        raise RunFailed(
+            "the process of the cold start died, most often because memory ran out: lower sft.tokens_per_microbatch"
+        ) from error
     finally:
         ray.kill(actor)
     return folder
