@@ -25,7 +25,7 @@ from actors import metrics
 from agent.render import Made
 from replay.record import Blob
 from rewards.base import JudgeFailed, Rendered, Verdict
-from tools.base import CallFailed, ToolResult, load
+from tools.base import CallFailed, ToolResult, imported, load
 
 T = TypeVar("T")
 
@@ -183,8 +183,7 @@ class JudgeServer:
     """
 
     def __init__(self, judge: str, options: Mapping[str, Any], concurrency: int, timeout_s: float) -> None:
-        module, _, cls = judge.partition(":")
-        self._judge = getattr(__import__(module, fromlist=[cls]), cls)(**options)
+        self._judge = imported(judge)(**options)
         self._concurrency, self._timeout_s = concurrency, timeout_s
         self._threads = ThreadPoolExecutor(concurrency)
         self._busy_since: dict[int, float] = {}

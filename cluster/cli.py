@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from cluster.config import Config, ConfigError, load
-from cluster.judge import judge_app
+from cluster.judge import EXAMPLE, judge_app
 from cluster.replay import replay_app
 from cluster.reward import reward_app
 
@@ -22,7 +22,6 @@ app.add_typer(reward_app, name="reward")
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config, such as examples/tiny.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as learner.steps=10")]
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny.yaml"
 
 
 @app.callback()

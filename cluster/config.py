@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from replay.storage import in_bucket
 from rewards import components
 from rewards.components import Terms
+from tools.base import imported
 
 #: Of a URL: a bucket of S3 (also the ARN of an access point), or a local file.
 _PLACE = re.compile(r"s3://[\w.:-]+(/[^@?]*)?$|file:///")
@@ -373,7 +374,7 @@ def _check(config: Config, path: str | Path) -> None:
         raise ConfigError(f"{path}: learner.ranks must be a multiple of learner.sequence_parallel")
     if config.learner.prompts_per_step % config.learner.updates_per_step:
         raise ConfigError(f"{path}: learner.prompts_per_step must be a multiple of learner.updates_per_step")
-    if wrong := _reward_error(config) or _adapter_error(config) or _recipe_error(config):
+    if wrong := _judge_error(config) or _reward_error(config) or _adapter_error(config) or _recipe_error(config):
         raise ConfigError(f"{path}: {wrong}")
 
 
@@ -396,6 +397,15 @@ def _reward_error(config: Config) -> str:
             components.check(terms)
     except ValueError as error:
         return f"reward.terms: {error}"
+def _judge_error(config: Config) -> str:
+    for name, pool in config.judges:
+        try:
+            imported(pool.judge)
+        except LookupError as error:
+            return f"judges.{name}.judge: {error}"
+    return ""
+
+
     if config.reward.shuffled and config.learner.credit_calls:
         return "reward.shuffled deals rewards alone: a control has learner.credit_calls 0"
     return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from rewards.base import Rendered, Verdict
 from rewards.expected import Ask, Expected
 from tools.download import clean
 from tools.fetch import Refused
+from tools.base import imported
 from tools.local import LocalTools
 
 KINDS = (".html", ".md", ".json")
@@ -130,8 +130,7 @@ def local_judges(config: Config) -> Expected:
 
 
 def _judge(pool: JudgePool) -> Ask:
-    module, _, cls = pool.judge.partition(":")
-    judge = getattr(importlib.import_module(module), cls)(**pool.options)
+    judge = imported(pool.judge)(**pool.options)
 
     async def ask(doc: Rendered) -> Verdict:
         return await asyncio.to_thread(judge.judge, doc)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from cluster.console import Progress
 from evals import pairs, planted
 from evals.judge_check import Trust, check, direct
 from rewards.base import Judge
+from tools.base import imported
 
 judge_app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -86,9 +86,8 @@ def _check(name: str, pool: JudgePool, known: Sequence[pairs.Pair], repeats: int
 
 def _judge(name: str, pool: JudgePool) -> Judge:
     """The judge of a config, in this process."""
-    module, _, cls = pool.judge.partition(":")
     try:
-        made: Judge = getattr(importlib.import_module(module), cls)(**pool.options)
+        made: Judge = imported(pool.judge)(**pool.options)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"judges.{name}: cannot make the judge {pool.judge!r}: {error}") from None
     return made

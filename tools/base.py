@@ -78,6 +78,19 @@ def builtin() -> dict[str, str]:
     }
 
 
+def imported(place: str) -> Any:
+    """What `module:name` names.
+
+    Raises:
+        LookupError: it cannot be imported.
+    """
+    module, _, name = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise LookupError(f"{place!r} cannot be imported: {error}") from error
+
+
 def load(use: str) -> Callable[..., Tool]:
     """The class of an implementation: a built-in name, one of the entry point group `llmi.tools`, or `module:class`.
 
@@ -85,12 +98,8 @@ def load(use: str) -> Callable[..., Tool]:
         LookupError: there is none; the message names those that exist.
     """
     known = builtin()
-    module, colon, cls = known.get(use, use).partition(":")
-    if colon:
-        try:
-            return getattr(importlib.import_module(module), cls)
-        except (ImportError, AttributeError) as error:
-            raise LookupError(f"tool {use!r} cannot be imported: {error}") from error
+    if ":" in (place := known.get(use, use)):
+        return imported(place)
     found = {e.name: e for e in entry_points(group=ENTRY_POINTS)}
     if use not in found:
         raise LookupError(f"unknown tool {use!r}: known are {', '.join(sorted(known.keys() | found.keys()))}")

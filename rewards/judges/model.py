@@ -22,6 +22,7 @@ from rewards.base import JudgeFailed, Rendered, Verdict
 from rewards.judges.answers import Answer, TooLong, Unreadable, read
 from rewards.judges.content import Limits, Part, parts_of
 from rewards.judges.rubrics import REASON, Rubric, load
+from tools.base import imported
 
 LEAST_CHARS = 500  # that a document is cut to, for a model that cannot read more
 TRIES = 2  # of a sample that cannot be read
@@ -156,7 +157,7 @@ class PanelJudge:
     def __init__(self, judges: Sequence[Mapping[str, Any]]) -> None:
         if not judges:
             raise ValueError("a panel has at least one judge")
-        self._judges = [_made(one["judge"], one.get("options", {})) for one in judges]
+        self._judges = [imported(one["judge"])(**one.get("options", {})) for one in judges]
         self.name = "panel of " + ", ".join(judge.name for judge in self._judges)
         self.sees_images = any(judge.sees_images for judge in self._judges)
 
@@ -245,8 +246,3 @@ def _backend(engine: Mapping[str, Any] | None, endpoint: Mapping[str, Any] | Non
     from rewards.judges.engine import Engine
 
     return Engine(images=images, **(engine or {}))
-
-
-def _made(judge: str, options: Mapping[str, Any]) -> Any:
-    module, _, cls = judge.partition(":")
-    return getattr(__import__(module, fromlist=[cls]), cls)(**options)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster import cli
+from cluster.judge import EXAMPLE as TINY
 from rewards.base import JudgeFailed, Rendered, Verdict
 
 
@@ -43,7 +44,7 @@ def use(judge: type) -> str:
     return f"judges.text.judge={__name__}:{judge.__name__}"
 
 
-EXAMPLE = str(cli.EXAMPLE)
+EXAMPLE = str(TINY)
 
 
 def test_the_built_in_judges_are_checked_on_the_built_in_pairs(
@@ -97,4 +98,13 @@ def test_a_judge_that_is_none_is_refused_in_one_line(
 ) -> None:
     assert llmi(monkeypatch, EXAMPLE, f"judges.text.judge={judge}") == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"llmi: judges.text: cannot make the judge {judge!r}") and err.count("\n") == 1
+    said = f"llmi: {EXAMPLE}: judges.text.judge: {judge!r} cannot be imported: "
+    assert err.startswith(said) and err.count("\n") == 1
+
+
+def test_an_option_that_a_judge_does_not_take_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert llmi(monkeypatch, EXAMPLE, use(Down), "judges.text.options={marks: 1}") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"llmi: judges.text: cannot make the judge '{__name__}:Down': ") and err.count("\n") == 1
