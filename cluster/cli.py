@@ -77,9 +77,10 @@ def generate(
     from cluster import generate as writer
     from cluster.serve import policy_folder
 
-    beside = Path(model).expanduser().parent / "config.yaml"
-    run = load(config or (beside if beside.is_file() else EXAMPLE), [])
-    writer.generate(run, policy_folder(run, model), prompt, image or [], seed, scale, output)
+    chosen = config or writer.config_of(model)
+    run = load(chosen, [])
+    told = f"with the tools of {chosen}"
+    writer.generate(run, policy_folder(run, model), prompt, image or [], seed, scale, output, told)
 
 
 @app.command()

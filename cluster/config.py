@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from replay.storage import in_bucket
+from replay.storage import in_bucket, storage
 from rewards import components
 from rewards.components import Terms
 from tools.base import imported
@@ -315,13 +315,13 @@ class Config(_Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file and apply `key.sub=value` overrides (values are YAML).
+    """Read a config file, also in a bucket, and apply `key.sub=value` overrides (values are YAML).
 
     Raises:
         ConfigError: the file, a key or a value is wrong.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = yaml.safe_load(_text(str(path)))
     except FileNotFoundError:
         raise ConfigError(f"no config file {path}; examples/ holds some") from None
     except yaml.YAMLError as error:
@@ -336,6 +336,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
     _check(config, path)
     return config
+
+
+def _text(path: str) -> str:
+    if not in_bucket(path):
+        return Path(path).read_text()
+    folder, _, name = path.rpartition("/")
+    return storage(folder, read_only=True).map(name).to_pybytes().decode()
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -390,13 +397,6 @@ def scores_calls(config: Config) -> bool:
     return config.learner.credit_calls > 0 or any("process" in (name, *t.gates) for name, t in terms.items())
 
 
-def _reward_error(config: Config) -> str:
-    terms = reward_terms(config)
-    try:
-        if terms is not None:
-            components.check(terms)
-    except ValueError as error:
-        return f"reward.terms: {error}"
 def _judge_error(config: Config) -> str:
     for name, pool in config.judges:
         try:
@@ -406,6 +406,13 @@ def _judge_error(config: Config) -> str:
     return ""
 
 
+def _reward_error(config: Config) -> str:
+    terms = reward_terms(config)
+    try:
+        if terms is not None:
+            components.check(terms)
+    except ValueError as error:
+        return f"reward.terms: {error}"
     if config.reward.shuffled and config.learner.credit_calls:
         return "reward.shuffled deals rewards alone: a control has learner.credit_calls 0"
     return ""

@@ -21,26 +21,43 @@ from agent.render import Began, Ended, Event, Wrote
 from agent.scaling import MOST, scaled
 from agent.workshop import Workshop
 from cluster.config import Config, ConfigError, JudgePool
+from cluster.judge import EXAMPLE
+from cluster.run_folder import CONFIG, RunFolder
 from cluster.servers import judges, tool_specs
 from replay.record import Blob
-from replay.storage import storage
+from replay.storage import in_bucket, storage
 from rewards.base import Rendered, Verdict
 from rewards.expected import Ask, Expected
+from tools.base import imported
 from tools.download import clean
 from tools.fetch import Refused
-from tools.base import imported
 from tools.local import LocalTools
 
 KINDS = (".html", ".md", ".json")
 
 
+def config_of(model: str) -> str | Path:
+    """The config of the run that a policy comes from, if it lies beside it; else the example's."""
+    local = Path(model).expanduser().absolute()
+    run = RunFolder(model.rstrip("/").rpartition("/")[0] if in_bucket(model) else str(local.parent))
+    return f"{run.url}/{CONFIG}" if run.has(CONFIG) else EXAMPLE
+
+
 def generate(
-    config: Config, folder: str, question: str, images: Sequence[Path], seed: int | None, scale: int, out: Path
+    config: Config,
+    folder: str,
+    question: str,
+    images: Sequence[Path],
+    seed: int | None,
+    scale: int,
+    out: Path,
+    told: str,
 ) -> None:
     """Write one document to `out`, telling of it on the way.
 
     Args:
         scale: how often anything may be tried (`agent.scaling`).
+        told: what is said before it begins.
 
     Raises:
         ConfigError: the prompt, a picture, `scale` or `out` cannot be used.
@@ -52,6 +69,7 @@ def generate(
     if out.suffix not in KINDS:
         raise ConfigError(f"{out} has no kind that can be written: end it in {', '.join(KINDS)}")
     given = [read_picture(path) for path in images]
+    print(told, file=sys.stderr)
     document = asyncio.run(_generate(config, folder, question, given, seed, scale))
     for path in save(document, out):
         print(f"wrote {path}")

@@ -13,6 +13,7 @@ import pytest
 
 from cluster import cli
 from cluster.config import Config, ConfigError, Policy, load
+from cluster.generate import config_of
 from cluster.run_folder import CONFIG, METRICS, SUMMARY, RunFolder
 from cluster.serve import policy_folder
 from replay.folders import exists, is_model, subfolders, written
@@ -70,7 +71,6 @@ def test_an_earlier_run_is_moved_aside_whole(config: Config) -> None:
     assert is_store(kept.replay) and policy_folder(config, kept.policy) == kept.policy
 
 
-def test_a_run_that_is_under_way_is_neither_moved_nor_taken_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cold_start_alone_is_kept_and_no_policy_or_store_is_moved_away_from_its_run(
     config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +90,7 @@ def test_a_cold_start_alone_is_kept_and_no_policy_or_store_is_moved_away_from_it
         )
 
 
+def test_a_run_that_is_under_way_is_neither_moved_nor_taken_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     for storage in ("LocalStorage", "S3Storage"):
         monkeypatch.setattr(f"replay.storage.{storage}.PATIENCE_S", 1.0)
     folder = opened(config)
@@ -133,6 +134,21 @@ def _only_the_first_shard(self: LocalStorage, name: str, data: bytes) -> None:
     if "shard-1" in self.url:
         raise StoreError("enough")
     self.replace(name, data)
+
+
+def test_a_document_is_written_with_the_tools_of_the_run_that_the_policy_comes_from(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = opened(config.model_copy(update={"tools": {}}))
+    with written(folder.policy) as policy:
+        Path(policy).mkdir()
+        Path(policy, "config.json").touch()
+    monkeypatch.setattr("cluster.generate._generate", lambda run, *_: pytest.fail(f"tools: {[*run.tools]}"))
+    monkeypatch.setattr(sys, "argv", ["llmi", "generate", "Fish", "--model", folder.policy, "-o", "x.html"])
+    with pytest.raises(pytest.fail.Exception, match=r"tools: \[\]"):
+        cli.main()
+    assert capsys.readouterr().err == f"with the tools of {folder.url}/config.yaml\n"
+    assert config_of(f"{folder.url}/elsewhere/policy") == TINY
 
 
 # ---- what cannot be reached ----------------------------------------------------------------------------------------
