@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,9 +63,18 @@ def test_the_image_has_the_locked_ray_and_what_is_installed_exists(config: dict[
     assert config["docker"]["image"].startswith(
         f"rayproject/ray:{read_lock(ROOT / 'requirements/gpu.txt')['ray']}-py311"
     )
-    (mounted,) = config["file_mounts"].values()
     (command,) = config["setup_commands"]
-    assert (ROOT / mounted / Path(command.split()[-1]).name).is_file()
+    lock = Path(command.split()[-1])
+    assert (ROOT / config["file_mounts"][str(lock.parent)] / lock.name).is_file()
+
+
+def test_every_process_of_the_cluster_finds_the_tree_that_serve_deploy_runs(config: dict[str, Any]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    mounts = {Path(there): here for there, here in config["file_mounts"].items()}
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        [tree] = re.findall(r"PYTHONPATH=(\S+)\s+ray start", "\n".join(config[commands]))
+        assert all(mounts[Path(tree, name)] == f"./{name}" for name in packages - {"benchmarks"})
 
 
 def test_the_dashboard_listens_on_loopback_alone(config: dict[str, Any]) -> None:
