@@ -1,4 +1,5 @@
-# `make train` and `make test` do all of their own set-up: Python 3.11 and make are enough.
+# `make train` and `make test` do all of their own set-up: Python 3.11 and make are enough for root on Debian;
+# others are told which Debian packages to install first.
 #
 #   make train              install into .venv if it is stale, then train examples/tiny.yaml
 #   make test               ... then lint, types and all tests but the slow ones

@@ -1,7 +1,7 @@
 """A GGUF file as a policy: `python -m learners.gguf FILE.gguf FOLDER` writes it in Hugging Face format, dequantised.
 
 vLLM loads no GGUF file, and quantised weights cannot be trained. Reading one needs the package `gguf`
-(`pip install gguf`), which nothing else here does.
+(requirements/dev.txt), which nothing else here does.
 """
 
 from __future__ import annotations
