@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,12 +27,14 @@ from learners.credit import Credit, by_token, of_group
 from learners.groups import Answer, answer, chosen
 from learners.packing import Sample
 from learners.step import Recipe, StepPlan, take_step
-from learners.world import together
+from learners.world import led, together
 from replay.checkpoints import Checkpoints
 from replay.folders import copy, fetched
 from replay.record import staleness, version
 from replay.store import Claim
 from rewards.process import CALL
+
+T = TypeVar("T")
 
 CHOICE_COLUMNS = ["reward", "finish", "logprobs", "mask"]
 CREDIT_COLUMNS = ["calls"]  # where calls are credited
@@ -130,7 +132,7 @@ class LearnerRank:
         if tag is not None:
             self._step = int(self._learner.load(*self._checkpoints.fetched(tag))["step"])
             self._best = (self._checkpoints.committed() or {}).get("best")
-            self._serve(tag)
+            self._led(lambda: self._serve(tag))
             self._publish()  # no engine is there yet: they pull
         if (weights := self._recipe["weights"]) != "host":
             from actors.weight_senders import DirectSender  # imports vLLM
@@ -170,7 +172,7 @@ class LearnerRank:
 
     def _one_step(self) -> None:
         started = time.monotonic()
-        plan, tokens, stats = self._agreed()
+        plan, tokens, stats = self._led(self._plan)
         waited = time.monotonic() - started
         mine = self._read(plan)
         learnt, advantages = take_step(self._learner, plan, mine, self._before, self._credit(plan, mine))
@@ -178,10 +180,7 @@ class LearnerRank:
         published = time.monotonic()
         self._publish()
         publish_s = time.monotonic() - published
-        if self._rank == 0:
-            ends = {name: ("trained", "") for name in advantages}
-            for token in tokens:
-                self._store.now(self._store.ack(token, ends, step=self._step, advantages=advantages))
+        self._led(lambda: self._acknowledge(tokens, advantages))
         self._rewards.append(stats["reward"])
         if self._step % self._recipe["checkpoint_every"] == 0 or self._step == self._recipe["steps"]:
             self._checkpoint()
@@ -214,8 +213,6 @@ class LearnerRank:
             if claim is not None:
                 claims.append(claim)
                 groups |= self._valid(claim)
-            else:
-                self._agree(None)
         plan, stats = self._deal(groups, now)
         return plan, [c.token for c in claims], stats
 
@@ -291,6 +288,11 @@ class LearnerRank:
     def _publish(self) -> None:
         self._sender.publish(self._version(), self._weights)
 
+    def _acknowledge(self, tokens: Iterable[int], advantages: Mapping[str, float]) -> None:
+        ends = {name: ("trained", "") for name in advantages}
+        for token in tokens:
+            self._store.now(self._store.ack(token, ends, step=self._step, advantages=advantages))
+
     def _checkpoint(self) -> None:
         """Save on all ranks; then commit the manifest as the one point that a resume trusts."""
         tag = f"step{self._step:06d}.{self._incarnation}"
@@ -298,28 +300,30 @@ class LearnerRank:
             self._learner.save(folder, name, {"step": self._step})
         self._learner.export(f"{self._checkpoints.url}/{tag}/policy", fetched(self._model))
         self._meet()  # every rank's part is in place
-        if self._rank == 0:
-            reward = statistics.fmean(self._rewards)
-            if self._best is None or reward > self._best["reward"]:
-                self._best = {"tag": tag, "reward": reward}
-            manifest = {
-                "tag": tag,
-                "step": self._step,
-                "incarnation": self._incarnation,
-                "cursor": self._store.now(self._store.state("train"))["groups"]["accepted"],
-                "store": self._store.now(self._store.version()),
-                "best": self._best,
-            }
-            self._checkpoints.commit(manifest, self._incarnation)
-            self._serve(tag)
-            self._checkpoints.keep(self._recipe["keep"], self._best["tag"])
-            self._store.now(self._store.collect(self._recipe["retention"], self._step), COLLECT_S)
+        self._led(lambda: self._commit(tag))
         self._rewards.clear()
+
+    def _commit(self, tag: str) -> None:
+        """Make a checkpoint, every part of which is in place, the one that counts; remove what is not needed then."""
+        reward = statistics.fmean(self._rewards)
+        if self._best is None or reward > self._best["reward"]:
+            self._best = {"tag": tag, "reward": reward}
+        manifest = {
+            "tag": tag,
+            "step": self._step,
+            "incarnation": self._incarnation,
+            "cursor": self._store.now(self._store.state("train"))["groups"]["accepted"],
+            "store": self._store.now(self._store.version()),
+            "best": self._best,
+        }
+        self._checkpoints.commit(manifest, self._incarnation)
+        self._serve(tag)
+        self._checkpoints.keep(self._recipe["keep"], self._best["tag"])
+        self._store.now(self._store.collect(self._recipe["retention"], self._step), COLLECT_S)
 
     def _serve(self, tag: str) -> None:
         """Make the policy of a checkpoint the run's."""
-        if self._rank == 0:
-            copy(f"{self._checkpoints.url}/{tag}/policy", self._policy)
+        copy(f"{self._checkpoints.url}/{tag}/policy", self._policy)
 
     def _report(self, step: Mapping[str, float], trained: int, step_s: float, wait_s: float, publish_s: float) -> None:
         tokens = step["tokens"]
@@ -355,22 +359,9 @@ class LearnerRank:
 
             dist.barrier()
 
-    def _agreed(self) -> Agreed:
-        """Rank 0's plan, on every rank."""
-        plan = self._agree(self._plan() if self._rank == 0 else None)
-        while plan is None:
-            plan = self._agree(None)
-        return plan
-
-    def _agree(self, plan: Agreed | None) -> Agreed | None:
-        """What rank 0 has. None says that it still waits for groups, so that no rank takes it for dead."""
-        if self._ranks == 1:
-            return plan
-        import torch.distributed as dist
-
-        box = [plan]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def _led(self, work: Callable[[], T]) -> T:
+        """What rank 0 does alone, and the others wait for."""
+        return led(work, self._rank, self._ranks)
 
 
 def _answers(rows: pa.Table) -> dict[str, Answer]:

@@ -27,7 +27,7 @@ from learners.packing import Batch, Plan, Sample, collate, filler, pack, uncolla
 from learners.policy import Policy, load_model, score
 from learners.schedule import Schedule
 from learners.sequence import SequenceGroup
-from learners.world import join, leave, reduced, together
+from learners.world import join, leave, led, reduced, together
 
 #: Steps in a row that were skipped, because loss or gradient was not finite, after which the learner gives up.
 MAX_SKIPPED = 5
@@ -395,8 +395,7 @@ class Learner:
             url: a path or `s3://...`; what was there is replaced once the policy is whole.
         """
         weights = {name: tensor.cpu() for name, tensor in self.weights() if self.rank == 0}
-        if self.rank == 0:
-            write_model(url, self.model, weights, tokenizer_dir)
+        led(lambda: write_model(url, self.model, weights, tokenizer_dir), self.rank, self.world_size)
 
     def close(self) -> None:
         """Frees the engine and leaves the process group; the process may make another learner after it."""

@@ -9,14 +9,21 @@ from __future__ import annotations
 import os
 import random
 import socket
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+
+#: Seconds after which rank 0 says again that it is at work.
+ALIVE_S = 5.0
 
 #: DeepSpeed's shared-memory all-reduce: built with a C++ compiler at start-up, and only used for inference.
 _UNUSED_OP = "deepspeed_shm_comm"
@@ -115,6 +122,37 @@ def leave() -> None:
         deepspeed.comm.destroy_process_group()
     for name in _PLACE:  # or what comes next in this process would take itself for a rank
         os.environ.pop(name, None)
+
+
+def led(work: Callable[[], T], rank: int, world_size: int) -> T:
+    """What the work of rank 0 gives, on every rank. It may take any time: rank 0 says meanwhile that it lives.
+
+    Raises:
+        RuntimeError: another rank is missing; or, on rank 0, whatever the work raises.
+    """
+    if world_size == 1:
+        return work()
+    future = background(work) if rank == 0 else None
+    box: list[tuple[T] | None] = [None]  # what it gave, once it has
+    while box[0] is None:
+        if future is not None and wait([future], ALIVE_S).done:
+            box = [(future.result(),)]
+        dist.broadcast_object_list(box, src=0)
+    return box[0][0]
+
+
+def background(work: Callable[[], T]) -> Future[T]:
+    """Do it in a thread that no end of a process waits for."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def reduced(values: list[float], op: dist.ReduceOp.RedOpType, device: torch.device) -> list[float]:

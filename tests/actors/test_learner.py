@@ -14,7 +14,7 @@ import pytest
 
 from actors.learner import LearnerRank
 from learners.sft import train_tokenizer
-from replay.store import Claim, Store
+from replay.store import Claim, Retention, Store
 from tests.learners.conftest import model_dir
 from tests.replay.rows import Clock, pending, row
 
@@ -27,7 +27,7 @@ class LocalStore:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def now(self, result: Any) -> Any:
+    def now(self, result: Any, timeout_s: float = 120.0) -> Any:
         return result
 
     def claim(self, stage: str, wait_s: float, **options: Any) -> Claim | None:
@@ -116,6 +116,43 @@ def test_a_step_trains_its_groups_and_says_how_far_the_sampler_was(store: Store,
     assert all(map(math.isfinite, step.values()))
     assert step.keys() >= {"kl_mismatch", "ess", "clip_share", "truncate_tokens_share", "score_s", "equal_rewards"}
     assert step["ratio_mean"] != 1.0 and 0 < step["ess"] <= 1
+
+
+def test_the_other_ranks_hear_of_all_that_rank_0_does_alone(
+    store: Store, rank: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of these may take longer than the others wait for a silent rank."""
+    alone, seen = [], set()
+
+    def led(work: Callable[[], Any], rank: int, ranks: int) -> Any:
+        alone.append(work)
+        result = work()
+        alone.pop()
+        return result
+
+    def watched(name: str) -> None:
+        assert alone, name
+        seen.add(name)
+
+    class Watched(LocalStore):
+        def __getattribute__(self, verb: str) -> Any:
+            if verb in ("claim", "ack", "state", "version", "collect"):
+                watched(verb)
+            return super().__getattribute__(verb)
+
+        def state(self, purpose: str) -> dict[str, dict[str, int]]:
+            return {"groups": self.store.groups(purpose)}
+
+    put(store, "a", {}, {})
+    put(store, "b", {}, {})
+    monkeypatch.setattr("actors.learner.led", led)
+    learner = rank(checkpoint_every=1, retention=Retention())
+    learner._store = Watched(store)
+    monkeypatch.setattr(learner._learner, "export", lambda *args: None)
+    monkeypatch.setattr("actors.learner.copy", lambda *args: watched("copy"))
+    monkeypatch.setattr(learner._checkpoints, "commit", lambda *args: watched("commit"))
+    learner._one_step()
+    assert seen == {"claim", "ack", "state", "version", "collect", "commit", "copy"}
 
 
 def test_a_group_with_equal_rewards_is_trained_on_and_counted(store: Store, rank: Callable[..., Any]) -> None:
