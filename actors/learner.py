@@ -137,6 +137,7 @@ class LearnerRank:
         if (weights := self._recipe["weights"]) != "host":
             from actors.weight_senders import DirectSender  # imports vLLM
 
+            self._first = self._sender  # keeps its memory: engines on other nodes pull from it whenever they start
             self._sender = DirectSender(weights, self._hub, self._rank)
         return self._step
 

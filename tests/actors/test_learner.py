@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -153,6 +156,23 @@ def test_the_other_ranks_hear_of_all_that_rank_0_does_alone(
     monkeypatch.setattr(learner._checkpoints, "commit", lambda *args: watched("commit"))
     learner._one_step()
     assert seen == {"claim", "ack", "state", "version", "collect", "commit", "copy"}
+
+
+def test_the_weights_of_a_resumed_run_stay_where_they_are_while_others_are_sent_directly(
+    rank: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    class First:
+        def __init__(self, *args: Any) -> None:
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("actors.learner.Publisher", First)
+    direct = SimpleNamespace(DirectSender=lambda *args: args)  # the real one imports vLLM
+    monkeypatch.setitem(sys.modules, "actors.weight_senders", direct)
+    learner = rank(weights="nccl")
+    assert learner._sender == ("nccl", None, 0)
+    assert made[0]() is not None, "engines of other nodes have nowhere to pull from"
 
 
 def test_a_group_with_equal_rewards_is_trained_on_and_counted(store: Store, rank: Callable[..., Any]) -> None:
