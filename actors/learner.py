@@ -138,7 +138,7 @@ class LearnerRank:
             from actors.weight_senders import DirectSender  # imports vLLM
 
             self._first = self._sender  # keeps its memory: engines on other nodes pull from it whenever they start
-            self._sender = DirectSender(weights, self._hub, self._rank)
+            self._sender = DirectSender(weights, self._hub, self._rank, self._ranks)
         return self._step
 
     def start(self) -> None:

@@ -8,9 +8,7 @@ the next version is sent. Both need CUDA; docs/weights.md says what of this has 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
@@ -22,9 +20,9 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from actors.buckets import BUCKET_BYTES
 from actors.weight_transfer import with_head
 from actors.weights import COMMIT_S, Member, Stream
-from learners.world import free_port
+from learners.world import background, free_port, led
 
-SEND_S = 600.0  # the largest weights are on all engines by then
+SEND_S = 400.0  # the largest weights are on all engines by then; the learner's other ranks wait 600 s for rank 0
 
 
 class Engines:
@@ -89,30 +87,35 @@ class DirectSender:
     Args:
         backend: nccl or ipc.
         hub: handle.
-        rank: of the learner; rank 0 sends, the others take part in the passes over the weights.
+        rank, ranks: of the learner; rank 0 sends, the others take part in the passes over the weights.
     """
 
-    def __init__(self, backend: str, hub: Any, rank: int = 0) -> None:
-        self._backend, self._hub, self._rank = backend, hub, rank
-        self._members: list[Member] | None = None
+    def __init__(self, backend: str, hub: Any, rank: int = 0, ranks: int = 1) -> None:
+        self._backend, self._hub, self._rank, self._ranks = backend, hub, rank, ranks
+        self._members: list[Member] = []  # that rank 0 sent to last
         self._trainer: Any = None
 
     def publish(self, version: int, weights: Stream) -> None:
         """Raises RuntimeError if not all engines have them in time; nothing can be sent after that."""
-        members = ray.get(self._hub.members.remote(), timeout=COMMIT_S) if self._rank == 0 else []
-        what = f"sending version {version} to {len(members)} engines by {self._backend}"
-        within(SEND_S, what, lambda: self._send(version, weights, members))
+        changed = led(self._changed, self._rank, self._ranks)  # a new trainer makes one pass more, on every rank
+        what = f"sending version {version} to {len(self._members)} engines by {self._backend}"
+        within(SEND_S, what, lambda: self._send(version, weights, changed))
         if self._rank == 0:
             ray.get(self._hub.announce.remote(version), timeout=COMMIT_S)
 
-    def _send(self, version: int, weights: Stream, members: list[Member]) -> None:
-        if self._trainer is None or members != self._members:  # engines that started anew are in no group
+    def _changed(self) -> bool:
+        """Whether the engines are others than those of the version before: one that started anew is in no group."""
+        before, self._members = self._members, ray.get(self._hub.members.remote(), timeout=COMMIT_S)
+        return self._members != before
+
+    def _send(self, version: int, weights: Stream, changed: bool) -> None:
+        if self._trainer is None or changed:
             if self._trainer is not None:
                 self._trainer.shutdown()
             source = Source(weights)
-            info = init_info(self._backend, self._rank, 1 + sum(m.ranks for m in members), source.largest())
-            self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=Engines(members), source=source)
-            self._members = members
+            info = init_info(self._backend, self._rank, 1 + sum(m.ranks for m in self._members), source.largest())
+            client = Engines(self._members)
+            self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
         self._trainer.client.version = version
         self._trainer.send_weights()
 
@@ -148,17 +151,7 @@ def within(seconds: float, what: str, work: Callable[[], None]) -> None:
     Raises:
         RuntimeError: it took longer.
     """
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
     try:
-        future.result(seconds)
+        background(work).result(seconds)
     except FutureTimeout:
         raise RuntimeError(f"{what} took longer than {seconds:g} s; has one of them died?") from None

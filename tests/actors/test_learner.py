@@ -171,7 +171,7 @@ def test_the_weights_of_a_resumed_run_stay_where_they_are_while_others_are_sent_
     direct = SimpleNamespace(DirectSender=lambda *args: args)  # the real one imports vLLM
     monkeypatch.setitem(sys.modules, "actors.weight_senders", direct)
     learner = rank(weights="nccl")
-    assert learner._sender == ("nccl", None, 0)
+    assert learner._sender == ("nccl", None, 0, 1)
     assert made[0]() is not None, "engines of other nodes have nowhere to pull from"
 
 

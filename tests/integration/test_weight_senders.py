@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import ray
 import torch
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
+from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine, VLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
+from actors import weight_senders
 from actors.engine import TRANSFERS
 from actors.weight_senders import DirectSender, Engines, Source, init_info, within
 from actors.weights import Member, WeightHub
@@ -87,13 +88,42 @@ def test_the_source_says_beforehand_what_comes_and_passes_on_tied_embeddings_twi
     assert passes.count == 3 and source.largest() == 16
 
 
-def test_a_rank_that_does_not_send_takes_part_in_each_pass_of_vllms_nccl_trainer(local_ray: None) -> None:
-    hub, passes = WeightHub.options(num_cpus=0).remote(), Passes()  # type: ignore[attr-defined]
-    sender = DirectSender("nccl", hub, rank=1)
-    for version, count in ((1, 2), (2, 3)):  # one more at first, for the names and shapes
-        sender.publish(version, passes)
-        assert passes.count == count
-    assert ray.get(hub.current.remote(), timeout=60) == (None, 0), "rank 0 alone announces"
+class Sending(TrainerWeightTransferEngine[Any]):
+    """Rank 0's part without a GPU: a pass over the weights."""
+
+    @classmethod
+    def trainer_init(cls, init_info: Any, *, client: Any, source: Any = None) -> Sending:
+        return cls(client=client, source=source, is_sender=True)
+
+    def send_weights(self) -> None:
+        assert self.source is not None
+        assert [name for name, _ in self.source] == [m.name for m in self.source.metadata()]
+
+
+def test_all_ranks_make_as_many_passes_over_the_weights_also_when_engines_start_anew(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = WeightHub.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    said: list[Any] = []  # by rank 0 to rank 1
+
+    def led(work: Callable[[], Any], rank: int, ranks: int) -> Any:
+        assert ranks == 2
+        if rank == 0:
+            said.append(work())
+        return said[-1]
+
+    monkeypatch.setattr(weight_senders, "led", led)
+    senders = [(DirectSender("nccl", hub, rank, 2), Passes()) for rank in range(2)]
+    real = WeightTransferTrainerFactory._registry["nccl"]
+    worker = Recorder.remote()  # type: ignore[attr-defined]
+    for version, joins, count in ((1, True, 2), (2, False, 3), (3, True, 5), (4, False, 6)):  # 2 for a new group
+        if joins:
+            ray.get(hub.join.remote("rollout-0", worker, 1), timeout=60)
+        for trainer, (sender, passes) in zip((lambda: Sending, real), senders, strict=True):
+            monkeypatch.setitem(WeightTransferTrainerFactory._registry, "nccl", trainer)
+            sender.publish(version, passes)
+            assert passes.count == count
+            assert ray.get(hub.current.remote(), timeout=60) == (version, 0), "rank 0 announces"
 
 
 def test_a_transfer_whose_peer_died_ends_in_one_sentence() -> None:
