@@ -66,6 +66,7 @@ class RolloutWorker(StageWorker):
         self._done: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._purpose: str | None = None
         self._newest, self._max_staleness = 0, max_staleness
+        self._life = 0
 
     async def setup(self) -> None:
         newest = await self._hub.newer.remote(None, FIRST_S)
@@ -79,7 +80,8 @@ class RolloutWorker(StageWorker):
             self._hold(start, 0)
         await self._take(weights)
         if self._weights != "host":
-            await self._hub.join.remote(self._name, ray.get_runtime_context().current_actor, self._engine.ranks)
+            me = ray.get_runtime_context().current_actor
+            self._life = await self._hub.join.remote(self._name, me, self._engine.ranks)
 
     async def loop(self) -> None:
         """Ends the process if the engine died: Ray starts it anew, with an engine that pulls the newest weights."""
@@ -101,6 +103,10 @@ class RolloutWorker(StageWorker):
     async def weights(self) -> tuple[int, int]:
         """The engine's policy version, and the checksum of the weights that it pulled (0 for others)."""
         return self._current
+
+    async def life(self) -> int:
+        """Which life of the worker this is, of those that joined vLLM's own weight transfer; 0 before it has."""
+        return self._life
 
     async def transfer(self, step: str, info: Mapping[str, Any] | None = None, version: int | None = None) -> None:
         """One step of vLLM's own weight transfer, driven by the learner (`actors/weight_senders.py`)."""

@@ -25,6 +25,7 @@ from actors.buckets import Bucket, BucketGone, Pool, Reader, fill, held, locked
 
 COMMIT_S = 120.0  # the hub answers within it
 SHIP_S = 600.0  # a bucket is on another node within it
+ANSWER_S = 10.0  # an engine that is ready to be sent weights answers within it
 _SHIPPED = 2  # buckets that stay in the object store, for engines that ask for the same one
 
 #: Makes a fresh pass over the named weights, in checkpoint form; under ZeRO-3 all ranks make it together.
@@ -120,13 +121,25 @@ class WeightHub:
                 del self._shipped[next(iter(self._shipped))]
         return [self._shipped[key]]
 
-    async def join(self, name: str, worker: Any, ranks: int) -> None:
-        """An engine is ready to be sent weights."""
+    async def join(self, name: str, worker: Any, ranks: int) -> int:
+        """An engine is ready to be sent weights. Returns which life of the worker this is, from 1 on."""
         life = self._members[name].life + 1 if name in self._members else 1
         self._members[name] = Member(worker, ranks, life)
+        return life
 
     async def members(self) -> list[Member]:
-        return [self._members[name] for name in sorted(self._members)]
+        """Those that joined, but for the ones that died since, have not joined anew yet, or do not answer."""
+        members = [self._members[name] for name in sorted(self._members)]
+        lives = await asyncio.gather(*(_life(m) for m in members))
+        return [m for m, life in zip(members, lives, strict=True) if m.life == life]
+
+
+async def _life(member: Member) -> int:
+    """The life that its worker says it has; 0 for one that has not joined or does not answer."""
+    try:
+        return await asyncio.wait_for(member.worker.life.remote(), ANSWER_S)
+    except (ray.exceptions.RayError, TimeoutError):
+        return 0
 
 
 @ray.remote(num_cpus=0, max_retries=1)

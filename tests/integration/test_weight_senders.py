@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine, VLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
-from actors import weight_senders
+from actors import weight_senders, weights
 from actors.engine import TRANSFERS
 from actors.weight_senders import DirectSender, Engines, Source, init_info, within
 from actors.weights import Member, WeightHub
@@ -23,12 +25,25 @@ pytestmark = pytest.mark.integration
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import tests
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1)
 class Recorder:
     """In a rollout worker's place."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self._life = 0
+
+    async def life(self) -> int:
+        return self._life
+
+    async def live(self, life: int) -> None:
+        self._life = life
+
+    async def hang(self) -> None:
+        time.sleep(2)
+
+    async def die(self) -> None:
+        os._exit(1)
 
     def transfer(self, *call: Any) -> None:
         self.calls.append(call)
@@ -118,12 +133,47 @@ def test_all_ranks_make_as_many_passes_over_the_weights_also_when_engines_start_
     worker = Recorder.remote()  # type: ignore[attr-defined]
     for version, joins, count in ((1, True, 2), (2, False, 3), (3, True, 5), (4, False, 6)):  # 2 for a new group
         if joins:
-            ray.get(hub.join.remote("rollout-0", worker, 1), timeout=60)
+            ray.get(worker.live.remote(ray.get(hub.join.remote("rollout-0", worker, 1), timeout=60)), timeout=60)
         for trainer, (sender, passes) in zip((lambda: Sending, real), senders, strict=True):
             monkeypatch.setitem(WeightTransferTrainerFactory._registry, "nccl", trainer)
             sender.publish(version, passes)
             assert passes.count == count
             assert ray.get(hub.current.remote(), timeout=60) == (version, 0), "rank 0 announces"
+
+
+async def test_an_engine_that_died_or_is_not_ready_yet_is_sent_nothing_until_it_joins_anew(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "ANSWER_S", 0.5)
+    hub = WeightHub.__ray_metadata__.modified_class()  # type: ignore[attr-defined]
+    one, two = (Recorder.remote() for _ in range(2))  # type: ignore[attr-defined]
+
+    async def join(name: str, worker: Any) -> None:
+        await worker.live.remote(await hub.join(name, worker, 1))
+
+    async def present() -> list[tuple[Any, int]]:
+        return [(m.worker, m.life) for m in await hub.members()]
+
+    await join("one", one)
+    await join("two", two)
+    assert await present() == [(one, 1), (two, 1)]
+    busy = two.hang.remote()
+    await asyncio.sleep(0.2)
+    assert await present() == [(one, 1)], "one that does not answer is left out"
+    await busy
+    assert await present() == [(one, 1), (two, 1)]
+    with pytest.raises(ray.exceptions.RayActorError):
+        await one.die.remote()
+    assert await present() == [(two, 1)]
+    while True:  # it is there again, with an engine that is in no group
+        try:
+            assert await one.life.remote() == 0
+            break
+        except ray.exceptions.ActorUnavailableError:
+            await asyncio.sleep(0.1)
+    assert await present() == [(two, 1)]
+    await join("one", one)
+    assert await present() == [(one, 2), (two, 1)]
 
 
 def test_a_transfer_whose_peer_died_ends_in_one_sentence() -> None:

@@ -229,7 +229,8 @@ def test_a_learner_can_drive_vllms_own_transfer_over_all_engines(bench: Bench, m
     monkeypatch.setattr(weight_senders, "init_info", lambda backend, rank, world_size, largest: LoopInfo(rank=rank))
     monkeypatch.setitem(WeightTransferTrainerFactory._registry, LoopInfo.backend, lambda: Loop)
     for i, worker in enumerate(bench.workers):
-        ray.get(bench.hub.join.remote(f"rollout-{i}", worker, 1), timeout=60)
+        life = ray.get(bench.hub.join.remote(f"rollout-{i}", worker, 1), timeout=60)
+        ray.get(worker.apply.remote(_live, life), timeout=60)
     sender = DirectSender("loop", bench.hub)
     for _ in range(2):
         bench.learn()
@@ -378,6 +379,10 @@ def _rows(store: StoreClient, purpose: str, count: int) -> list[dict[str, Any]]:
         claims += [claim.rows] if claim else []
         assert time.monotonic() < deadline, f"{sum(c.num_rows for c in claims)} of {count} documents"
     return [row for c in claims for row in c.to_pylist()]
+
+
+def _live(worker: Any, life: int) -> None:
+    worker._life = life
 
 
 def _pid(worker: Any) -> int:
