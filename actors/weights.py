@@ -70,6 +70,7 @@ class WeightHub:
     def __init__(self) -> None:
         self._newest: int | None = None
         self._weights: Weights | None = None
+        self._published: list[Weights] = []  # the last two, where their publisher has them
         self._hold = ExitStack()
         self._shipped: dict[tuple[int, int], Any] = {}
         self._members: dict[str, Member] = {}
@@ -77,11 +78,12 @@ class WeightHub:
 
     async def publish(self, weights: Weights) -> None:
         """Make these the newest. On the publisher's node the hub has a hold of them: they outlive the learner."""
-        hold = ExitStack()
+        hold, own = ExitStack(), weights
         if weights.node == ray.get_runtime_context().get_node_id():
-            weights = replace(weights, buckets=tuple(hold.enter_context(locked(weights.buckets))))
+            own = replace(weights, buckets=tuple(hold.enter_context(locked(weights.buckets))))
         self._hold.close()
-        self._hold, self._weights = hold, weights
+        self._hold, self._weights = hold, own
+        self._published = [*self._published[-1:], weights]
         self._shipped.clear()
         await self.announce(weights.version)
 
@@ -105,12 +107,13 @@ class WeightHub:
         return self._newest, weights.checksum if weights and weights.version == self._newest else 0
 
     async def ship(self, version: int, index: int) -> list[Any]:
-        """[ObjectRef of a bucket's bytes], or [] if the version is not that of the newest weights any more.
+        """[ObjectRef of a bucket's bytes], or [] if two newer versions were published.
 
-        The ref sits in a list, so that Ray hands on the ref and not the bytes.
+        The version before the newest is there until the publisher begins with the next: a pull may take longer than a
+        step. The ref sits in a list, so that Ray hands on the ref and not the bytes.
         """
-        weights = self._weights
-        if weights is None or weights.version != version:
+        weights = next((w for w in (self._weights, *self._published) if w is not None and w.version == version), None)
+        if weights is None:
             return []
         key = version, index
         if key not in self._shipped:

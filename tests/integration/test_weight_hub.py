@@ -117,6 +117,15 @@ def test_what_a_replica_reads_stays_while_newer_versions_are_published(hub: Any)
     assert equal(ray.get(slow.newest.remote(), timeout=30)[2], 7)
 
 
+def test_a_replica_of_another_node_may_take_longer_than_a_step_to_pull(hub: Any) -> None:
+    publisher, slow = Publisher(hub), replica(hub, "there")
+    publisher.publish(1, some(1).items)
+    _, old = ray.get(hub.newer.remote(None, 10.0))
+    publisher.publish(2, some(2).items)
+    assert equal(ray.get(slow.pull.remote(old), timeout=60)[2], 1)
+    assert equal(ray.get(slow.newest.remote(), timeout=60)[2], 2)
+
+
 @pytest.mark.parametrize("where", ["here", "there"])
 def test_weights_that_were_written_over_are_gone_and_newer_ones_are_there(hub: Any, where: str) -> None:
     publisher, late = Publisher(hub), replica(hub, where)
