@@ -433,7 +433,8 @@ def _adapter_error(config: Config) -> str:
 
 
 def _recipe_error(config: Config) -> str:
-    from learners.advantages import ADVANTAGES
+    from learners.advantages import ADVANTAGES, BY_TOKEN
+    from learners.losses import LOSSES
     from learners.objective import make_objective  # imports torch: seconds that `llmi --help` need not take
 
     recipe, sampler, kl = config.learner, config.rollout, config.learner.kl
@@ -445,6 +446,12 @@ def _recipe_error(config: Config) -> str:
         return "learner.kl.unbiased is for a KL in the loss; a KL in the reward has no gradient"
     if recipe.advantage not in ADVANTAGES:
         return f"learner: there is no advantage '{recipe.advantage}'; there are: {', '.join(ADVANTAGES)}"
+    if LOSSES[recipe.loss].of_sequence:
+        refused = f"learner.loss: {recipe.loss} would spread the credit of single tokens over the whole answer"
+        if recipe.credit_calls:
+            return f"{refused}: set learner.credit_calls to 0, or take another loss"
+        if recipe.advantage in BY_TOKEN and kl.coef and kl.into == "reward":
+            return f"{refused}: set learner.kl.into to loss, or take another advantage or loss"
     if recipe.overlong.buffer >= sampler.max_tokens:
         return "learner.overlong.buffer must be below rollout.max_tokens, at which an answer is cut off"
     mode = sampler.engine.get("logprobs_mode", "processed_logprobs")

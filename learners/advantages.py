@@ -111,6 +111,8 @@ ADVANTAGES: dict[str, Callable[[Sequence[Group]], Advantages]] = {
     "reinforce_pp": batch_normalised,
     "reinforce_pp_baseline": centred_batch_normalised,
 }
+#: Those that charge each token the penalties which follow it, so that tokens of one sample may differ.
+BY_TOKEN = ("reinforce_pp", "reinforce_pp_baseline")
 
 
 def without_spread(rewards: Sequence[float] | np.ndarray) -> bool:

@@ -81,10 +81,17 @@ def sft(logprobs: Tensor, batch: Batch) -> PerToken:
 
 
 class Entry(NamedTuple):
-    """A loss, and the aggregation that it was published with."""
+    """A loss.
+
+    Attributes:
+        aggregation: the one that it was published with.
+        of_sequence: its gradient at a token is that of the whole sequence's probability, so that one advantage a
+            sequence is all it can tell apart.
+    """
 
     function: Callable[..., PerToken]
     aggregation: str
+    of_sequence: bool = False
 
 
 #: Name in a config -> loss.
@@ -92,7 +99,7 @@ LOSSES: dict[str, Entry] = {
     "grpo": Entry(grpo, "token_mean"),
     "gspo": Entry(gspo, "sequence_mean"),
     "cispo": Entry(cispo, "token_mean"),
-    "rloo": Entry(rloo, "sequence_mean"),
+    "rloo": Entry(rloo, "sequence_mean", of_sequence=True),
     "sft": Entry(sft, "token_mean"),
 }
 

@@ -96,10 +96,10 @@ def make_objective(
     Raises:
         ValueError: no such name, no such option, or a value that is not a positive number.
     """
-    function, published = _named("loss", loss, LOSSES)
+    entry = _named("loss", loss, LOSSES)
     return Objective(
-        _bound("loss", loss, function, loss_options or {}),
-        _named("aggregation", aggregation or published, AGGREGATIONS),
+        _bound("loss", loss, entry.function, loss_options or {}),
+        _named("aggregation", aggregation or entry.aggregation, AGGREGATIONS),
         {n: _bound("correction", n, _named("correction", n, CORRECTIONS), o) for n, o in (correction or {}).items()},
         _named("KL estimator", kl, ESTIMATORS) if kl and kl_coef else None,
         kl_coef,

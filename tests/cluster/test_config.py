@@ -8,10 +8,11 @@ import yaml
 
 from cluster.config import Config, ConfigError, load, scores_calls
 
-GOOD = """
+LEARNER = "steps: 1, prompts_per_step: 4, samples_per_prompt: 2, lr: 1.0e-6"
+GOOD = f"""
 name: x
-policy: {path: some/model}
-learner: {steps: 1, prompts_per_step: 4, samples_per_prompt: 2, lr: 1.0e-6}
+policy: {{path: some/model}}
+learner: {{{LEARNER}}}
 """
 
 
@@ -48,6 +49,14 @@ def path(tmp_path: Path) -> Path:
         ("learner.aggregation=mean", "there is no aggregation 'mean'"),
         ("learner.correction={tis: {}}", "there is no correction 'tis'; there are: truncate_tokens"),
         ("learner.correction.truncate_tokens={cap: -1}", "'cap' of correction 'truncate_tokens' must be a positive"),
+        (
+            f"learner={{{LEARNER}, loss: rloo, credit_calls: 0.1}}",
+            "set learner.credit_calls to 0, or take another loss",
+        ),
+        (
+            f"learner={{{LEARNER}, loss: rloo, advantage: reinforce_pp, kl: {{coef: 0.1, into: reward}}}}",
+            "set learner.kl.into to loss, or take another advantage or loss",
+        ),
         ("learner.kl.estimator=k4", "there is no KL estimator 'k4'; there are: k1, k2, k3"),
         ("learner.kl={into: reward, unbiased: true}", "learner.kl.unbiased is for a KL in the loss"),
         ("learner.overlong.buffer=256", "learner.overlong.buffer must be below rollout.max_tokens"),
@@ -119,6 +128,19 @@ def test_an_adapter_has_pefts_names_and_ranks_that_share_sequences_must_come_out
             load(path, [*served, change])
     with pytest.raises(ConfigError, match=r"learner\.ranks must be a multiple of learner\.sequence_parallel"):
         load(path, ["learner.ranks=3", "learner.sequence_parallel=2"])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "loss: gspo, credit_calls: 0.1",  # its gradient flows through single tokens
+        "loss: gspo, advantage: reinforce_pp, kl: {coef: 0.1, into: reward}",
+        "loss: rloo, advantage: rloo, kl: {coef: 0.1, into: reward}",  # summed over the sequence
+        "loss: rloo, advantage: reinforce_pp, kl: {coef: 0.1}",  # the same for all tokens without a KL in the reward
+    ],
+)
+def test_a_loss_is_refused_only_the_advantages_that_it_would_smear(path: Path, recipe: str) -> None:
+    load(path, [f"learner={{{LEARNER}, {recipe}}}"])
 
 
 def test_the_resolved_config_reads_back_the_same(path: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,6 +125,14 @@ def test_sft_is_the_mean_negative_log_likelihood() -> None:
     assert loss == pytest.approx((1 + 2 + 1) / 3)
     assert grad.tolist() == pytest.approx([-1 / 3] * 3)
     assert metrics == {}
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "sft"])  # which knows no advantages
+def test_a_tokens_own_advantage_moves_other_tokens_only_in_a_loss_of_whole_sequences(name: str) -> None:
+    sample, new = ratios(1.0, 1.0, 1.0, advantage=0.0)
+    credited = replace(sample, advantage=np.array([0.0, 1.0, 0.0]))
+    _, grad, _ = run(name, (credited, new))
+    assert [g != 0 for g in grad.tolist()] == [LOSSES[name].of_sequence, True, LOSSES[name].of_sequence]
 
 
 @pytest.mark.parametrize("name", LOSSES)
