@@ -27,6 +27,15 @@ from learners.packing import Batch
 Metrics = dict[str, Tensor]
 #: Name -> options, as a config has them.
 Options = Mapping[str, Mapping[str, float]]
+_POSITIVE: tuple[str, Callable[[float], bool]] = ("a positive number", lambda value: value > 0)
+#: Option -> what it must be, where that is more than positive. The ratios and weights of the policy's own samples are
+#: 1: with bounds that leave 1 out, nothing would be learnt from them.
+_MUST_BE: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "dual_clip": ("a number above 1", lambda value: value > 1),
+    "low": ("a number between 0 and 1", lambda value: 0 < value < 1),
+    "high": ("a number above 1", lambda value: value > 1),
+    "cap": ("a number of at least 1", lambda value: value >= 1),
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def make_objective(
     """The objective of those names and options; `aggregation` None is the one that the loss was published with.
 
     Raises:
-        ValueError: no such name, no such option, or a value that is not a positive number.
+        ValueError: no such name, no such option, or a value with which nothing would be learnt.
     """
     entry = _named("loss", loss, LOSSES)
     return Objective(
@@ -148,6 +157,7 @@ def _bound(kind: str, name: str, function: Callable[..., Any], options: Mapping[
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"{kind} '{name}' has no option '{option}'; it has: {', '.join(known) or 'none'}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"option '{option}' of {kind} '{name}' must be a positive number, not {value!r}")
+        what, right = _MUST_BE.get(option, _POSITIVE)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not right(value):
+            raise ValueError(f"option '{option}' of {kind} '{name}' must be {what}, not {value!r}")
     return partial(function, **options)

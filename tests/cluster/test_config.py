@@ -48,7 +48,14 @@ def path(tmp_path: Path) -> Path:
         ("learner.advantage=gae", "there is no advantage 'gae'; there are: grpo, dr_grpo"),
         ("learner.aggregation=mean", "there is no aggregation 'mean'"),
         ("learner.correction={tis: {}}", "there is no correction 'tis'; there are: truncate_tokens"),
-        ("learner.correction.truncate_tokens={cap: -1}", "'cap' of correction 'truncate_tokens' must be a positive"),
+        (
+            "learner.correction.truncate_tokens={cap: -1}",
+            "'cap' of correction 'truncate_tokens' must be a number of at",
+        ),
+        (
+            "learner.loss_options={dual_clip: 0.5}",
+            "learner: option 'dual_clip' of loss 'grpo' must be a number above 1",
+        ),
         (
             f"learner={{{LEARNER}, loss: rloo, credit_calls: 0.1}}",
             "set learner.credit_calls to 0, or take another loss",

@@ -169,7 +169,7 @@ def test_shares_of_micro_batches_add_up_to_the_whole(name: str) -> None:
         ("sft", {"clip_low": 0.2}, "no option 'clip_low'; it has: none"),
         ("grpo", {"clip_low": -0.1}, "positive number"),
         ("gspo", {"clip_low": "0.1"}, "positive number"),
-        ("grpo", {"dual_clip": float("nan")}, "positive number"),
+        ("grpo", {"dual_clip": float("nan")}, "must be a number above 1"),
         ("grpo", {"batch": 1}, "no option 'batch'"),
     ],
 )

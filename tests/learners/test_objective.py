@@ -261,7 +261,12 @@ def test_nothing_overflows_however_far_apart_the_policies_are(loss: str, apart: 
             {"correction": {"truncate_tokens": {"max": 2}}},
             "has no option 'max'; it has: cap",
         ),
-        ({"correction": {"truncate_tokens": {"cap": 0}}}, "must be a positive number"),
+        ({"loss_options": {"clip_low": 0}}, "'clip_low' of loss 'grpo' must be a positive number, not 0"),
+        ({"loss_options": {"dual_clip": 1.0}}, "'dual_clip' of loss 'grpo' must be a number above 1, not 1.0"),
+        ({"correction": {"mask_sequences": {"low": 3}}}, "'low' of .* must be a number between 0 and 1, not 3"),
+        ({"correction": {"mask_tokens": {"low": 0.2, "high": 0.4}}}, "'high' of .* must be a number above 1, not 0.4"),
+        ({"correction": {"weigh_sequences": {"cap": 0.9}}}, "'cap' of .* must be a number of at least 1, not 0.9"),
+        ({"correction": {"truncate_tokens": {"cap": math.nan}}}, "must be a number of at least 1, not nan"),
         ({"kl": "k4", "kl_coef": 1.0}, "no KL estimator 'k4'"),
     ],
 )
