@@ -1,6 +1,7 @@
 """The config: one YAML file, validated whole before anything starts. An unknown key is an error that names the nearest.
 
-vLLM's and DeepSpeed's own options pass through untouched under `rollout.engine` and `learner.deepspeed`.
+vLLM's and DeepSpeed's own options pass through untouched under `rollout.engine` and `learner.deepspeed`; those that a
+key of ours says are refused there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,18 @@ _PLACE = re.compile(r"s3://[\w.:-]+(/[^@?]*)?$|file:///")
 
 #: vLLM's `max_lora_rank` where none is given.
 VLLM_LORA_RANK = 16
+
+#: DeepSpeed's options that the learner sets itself, and the keys that say the same.
+_LEARNERS_OWN = {
+    "train_batch_size": "learner.prompts_per_step and samples_per_prompt",
+    "train_micro_batch_size_per_gpu": "learner.tokens_per_microbatch",
+    "gradient_accumulation_steps": "learner.tokens_per_microbatch",
+    "managed_gradient_accumulation": "learner.tokens_per_microbatch",
+    "gradient_clipping": "learner.grad_clip",
+    "scheduler": "learner.schedule",
+    "bf16.enabled": "learner.dtype",
+    "zero_optimization.stage": "learner.zero_stage",
+}
 
 
 class ConfigError(ValueError):
@@ -381,7 +394,8 @@ def _check(config: Config, path: str | Path) -> None:
         raise ConfigError(f"{path}: learner.ranks must be a multiple of learner.sequence_parallel")
     if config.learner.prompts_per_step % config.learner.updates_per_step:
         raise ConfigError(f"{path}: learner.prompts_per_step must be a multiple of learner.updates_per_step")
-    if wrong := _judge_error(config) or _reward_error(config) or _adapter_error(config) or _recipe_error(config):
+    problems = (_judge_error, _reward_error, _adapter_error, _recipe_error, _deepspeed_error)
+    if wrong := next(filter(None, (problem(config) for problem in problems)), ""):
         raise ConfigError(f"{path}: {wrong}")
 
 
@@ -460,6 +474,15 @@ def _recipe_error(config: Config) -> str:
             f"rollout.engine.logprobs_mode must be processed_logprobs, not {mode}: the learner corrects with the "
             "log-probs of what was sampled from"
         )
+    return ""
+
+
+def _deepspeed_error(config: Config) -> str:
+    for key, ours in _LEARNERS_OWN.items():
+        section, _, option = key.rpartition(".")
+        given = config.learner.deepspeed.get(section) if section else config.learner.deepspeed
+        if isinstance(given, dict) and option in given:
+            return f"learner.deepspeed: {key} is the learner's own; set {ours} instead"
     return ""
 
 

@@ -64,7 +64,7 @@ class Learner:
         lora: options of an adapter that is trained instead of the weights (`learners.lora`).
         threads: of torch on the CPU; None leaves them as they are.
         timeout_s: how long a rank waits for the others in any call.
-        deepspeed: DeepSpeed's own options, merged last; gradient accumulation alone is the learner's. Offload is
+        deepspeed: DeepSpeed's own options, merged last; a config may not hold those that the learner sets. Offload is
             `{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}`; with an `optimizer`, such as
             `{"optimizer": {"type": "SGD"}}`, DeepSpeed makes that one instead of AdamW.
             `{"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}` keeps float32 weights and multiplies matrices

@@ -64,6 +64,12 @@ def path(tmp_path: Path) -> Path:
             f"learner={{{LEARNER}, loss: rloo, advantage: reinforce_pp, kl: {{coef: 0.1, into: reward}}}}",
             "set learner.kl.into to loss, or take another advantage or loss",
         ),
+        (
+            "learner.deepspeed={gradient_accumulation_steps: 2}",
+            "learner.deepspeed: gradient_accumulation_steps is the learner's own; set learner.tokens_per_microbatch",
+        ),
+        ("learner.deepspeed={zero_optimization: {stage: 3}}", "zero_optimization.stage is the learner's own"),
+        ("learner.deepspeed={bf16: {enabled: true}}", "bf16.enabled is the learner's own; set learner.dtype"),
         ("learner.kl.estimator=k4", "there is no KL estimator 'k4'; there are: k1, k2, k3"),
         ("learner.kl={into: reward, unbiased: true}", "learner.kl.unbiased is for a KL in the loss"),
         ("learner.overlong.buffer=256", "learner.overlong.buffer must be below rollout.max_tokens"),
@@ -148,6 +154,12 @@ def test_an_adapter_has_pefts_names_and_ranks_that_share_sequences_must_come_out
 )
 def test_a_loss_is_refused_only_the_advantages_that_it_would_smear(path: Path, recipe: str) -> None:
     load(path, [f"learner={{{LEARNER}, {recipe}}}"])
+
+
+def test_deepspeeds_own_options_are_untouched(path: Path) -> None:
+    zero, bf16 = "{offload_optimizer: {device: cpu}}", "{bf16_optimizer_states: true}"
+    own = f"{{optimizer: {{type: SGD}}, zero_optimization: {zero}, bf16: {bf16}}}"
+    assert load(path, [f"learner.deepspeed={own}"]).learner.deepspeed == yaml.safe_load(own)
 
 
 def test_the_resolved_config_reads_back_the_same(path: Path, tmp_path: Path) -> None:
