@@ -388,6 +388,11 @@ def _check(config: Config, path: str | Path) -> None:
         raise ConfigError(
             f"{path}: weights: {config.weights} needs learner.gpus and rollout.gpus; `host` needs neither"
         )
+    if config.weights == "ipc" and (gpus := config.learner.gpus + config.rollout.gpus) > 1:
+        raise ConfigError(
+            f"{path}: weights: ipc needs learner and engine on one GPU, so learner.gpus and rollout.gpus may add up "
+            f"to 1 at most, not {gpus:g}; between GPUs take nccl or host"
+        )
     if config.learner.schedule != "constant" and config.learner.warmup_steps >= config.learner.steps:
         raise ConfigError(f"{path}: learner.warmup_steps must be below learner.steps, or the schedule constant")
     if config.learner.ranks % config.learner.sequence_parallel:

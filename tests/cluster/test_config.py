@@ -40,6 +40,7 @@ def path(tmp_path: Path) -> Path:
         ),
         ("weights=ncl", "weights: input should be 'host', 'nccl' or 'ipc', not 'ncl'"),
         ("weights=nccl", "weights: nccl needs learner.gpus and rollout.gpus"),
+        ("weights=ipc", "weights: ipc needs learner.gpus and rollout.gpus"),
         ("policy.path=null", "policy needs one of `path`"),
         ("policy={tiny: {}}", "add an `sft` section"),
         ("learner.steps", "must read key=value"),
@@ -141,6 +142,12 @@ def test_an_adapter_has_pefts_names_and_ranks_that_share_sequences_must_come_out
             load(path, [*served, change])
     with pytest.raises(ConfigError, match=r"learner\.ranks must be a multiple of learner\.sequence_parallel"):
         load(path, ["learner.ranks=3", "learner.sequence_parallel=2"])
+
+
+def test_cuda_ipc_is_for_a_learner_and_an_engine_that_share_a_gpu(path: Path) -> None:
+    assert load(path, ["weights=ipc", "learner.gpus=0.5", "rollout.gpus=0.5"]).weights == "ipc"
+    with pytest.raises(ConfigError, match=r"and rollout\.gpus may add up to 1 at most, not 2; .* nccl or host"):
+        load(path, ["weights=ipc", "learner.gpus=1", "rollout.gpus=1"])
 
 
 @pytest.mark.parametrize(
