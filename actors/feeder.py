@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +29,7 @@ class Feeder(StageWorker):
     Args:
         store, hub: handles.
         source, count: of the training set (`corpus.prompts.load`).
+        tools: names of the config's.
         samples: trajectories a group.
         capacity: how many groups may be open.
         first: place in the data order of the store's first group; above 0 in the clone of a run.
@@ -44,6 +45,7 @@ class Feeder(StageWorker):
         *,
         source: str,
         count: int,
+        tools: Collection[str],
         samples: int,
         capacity: Capacity,
         first: int,
@@ -51,7 +53,7 @@ class Feeder(StageWorker):
     ) -> None:
         super().__init__(store)
         self._hub, self._samples, self._seed = hub, samples, seed
-        self._prompts = prompts.load(source, "train", count, seed).prompts
+        self._prompts = prompts.load(source, "train", count, seed, known=tools).prompts
         self._capacity, self._first = capacity, first
 
     async def loop(self) -> None:

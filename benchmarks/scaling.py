@@ -48,7 +48,7 @@ async def _run(config: Config, policy: str) -> dict[str, float]:
         engine = Engine(policy, 0, config.rollout.engine)
         await engine.start()
     source = config.prompts.heldout or config.prompts.train
-    asked = prompts.load(source, "heldout", config.prompts.heldout_count, config.seed).prompts
+    asked = prompts.load(source, "heldout", config.prompts.heldout_count, config.seed, known=config.tools).prompts
     try:
         with local_tools(config) as local:
             bench = _Bench(config, engine, _Remembered(local), asked)

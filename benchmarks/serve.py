@@ -60,7 +60,8 @@ def run(config: Config) -> dict[str, float]:
 
 def _times(config: Config, port: int) -> dict[str, float]:
     policy = ServedPolicy(model=starting_policy(config, f"{config.folder}/start"))
-    asked = prompts.load(config.prompts.heldout or config.prompts.train, "heldout", 240, config.seed).prompts
+    source = config.prompts.heldout or config.prompts.train
+    asked = prompts.load(source, "heldout", 240, config.seed, known=config.tools).prompts
     results: dict[str, float] = {}
     with application(config, {"tiny": policy}, {}, HOST, port) as url:
         documents(url, asked, 8, each=4)  # loads the tools

@@ -257,6 +257,7 @@ class Pools:
             self.hub,
             source=c.prompts.train,
             count=c.prompts.count,
+            tools=list(c.tools),
             samples=c.learner.samples_per_prompt,
             capacity=_capacity(c),
             first=self._first,

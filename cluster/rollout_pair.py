@@ -58,7 +58,7 @@ class RolloutPair:
 
     def __init__(self, config: Config, groups: int, samples: int) -> None:
         self._config, self._samples = config, samples
-        self._prompts = prompts.load(config.prompts.train, "train", groups, config.seed).prompts
+        self._prompts = prompts.load(config.prompts.train, "train", groups, config.seed, known=config.tools).prompts
 
     def __enter__(self) -> RolloutPair:
         c = self._config

@@ -226,7 +226,7 @@ class Trainer(tune.Trainable):
         if source is None:
             return []
         n = c.count if name == "train" else c.heldout_count
-        found, problems = prompts.load(source, name, n, self.run.seed)
+        found, problems = prompts.load(source, name, n, self.run.seed, known=self.run.tools)
         for problem in problems:
             say(f"skipped a prompt: {problem}")
         return found

@@ -10,8 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import entry_points
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -20,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from agent.spec import PUBLISHED
 from corpus import grammar
 from replay.record import Prompt
-from tools.base import ENTRY_POINTS, builtin
 
 GRAMMAR = "builtin:grammar"
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -55,12 +54,15 @@ class Loaded(NamedTuple):
     problems: list[str]
 
 
-def load(source: str, split: str, n: int | None = None, seed: int = 0) -> Loaded:
+def load(
+    source: str, split: str, n: int | None = None, seed: int = 0, *, known: Collection[str] = tuple(PUBLISHED)
+) -> Loaded:
     """Load the prompts of one split, shuffled by `seed`, at most `n`.
 
     Args:
         source: "builtin:grammar", or the path of a .parquet or .jsonl file; its pictures' paths are relative to it.
         n: None for all of a file's; the grammar needs a number.
+        known: names of the tools that there are, as the config has them; a file's rows may require no others.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -72,7 +74,7 @@ def load(source: str, split: str, n: int | None = None, seed: int = 0) -> Loaded
         return Loaded(grammar.prompts(n, seed, split), [])
     if source.startswith("builtin:"):
         raise ValueError(f"unknown built-in prompt set {source!r}: there is {GRAMMAR!r}")
-    prompts, problems = _read(Path(source), split)
+    prompts, problems = _read(Path(source), split, known)
     Random(seed).shuffle(prompts)
     return Loaded(prompts[:n], problems)
 
@@ -104,11 +106,10 @@ def report(source: str, problems: Sequence[str], shown: int = 5) -> str:
     return "\n".join([f"{source}: {len(problems)} broken rows are left out:", *problems[:shown], *rest])
 
 
-def _read(path: Path, split: str) -> tuple[list[Prompt], list[str]]:
+def _read(path: Path, split: str, known: Collection[str]) -> tuple[list[Prompt], list[str]]:
     prompts: dict[str, Prompt] = {}
     problems: list[str] = []
     others: set[str] = set()
-    known = set(builtin()) | {e.name for e in entry_points(group=ENTRY_POINTS)}
     for number, row in _rows(path):
         try:
             prompt, its_split = _prompt(row, f"{path.stem}-{number}", path.parent, known)
@@ -121,7 +122,9 @@ def _read(path: Path, split: str) -> tuple[list[Prompt], list[str]]:
         except ValueError as error:
             problems.append(f"{path}, row {number}: {error}")
     if not prompts:
-        had = f"; the file has {', '.join(sorted(others))}" if others else ""
+        had = (
+            f"; it has {', '.join(sorted(others))}: set extra_info.split to {split!r} in those to use" if others else ""
+        )
         broken = f"\n{report(str(path), problems)}" if problems else ""
         raise ValueError(f"{path} has no good row of split {split!r}{had}{broken}")
     return list(prompts.values()), problems
@@ -155,7 +158,7 @@ def _json(line: str) -> Any:
         return line
 
 
-def _prompt(row: Any, name: str, folder: Path, known: set[str]) -> tuple[Prompt, str]:
+def _prompt(row: Any, name: str, folder: Path, known: Collection[str]) -> tuple[Prompt, str]:
     """One row as a prompt, and its split.
 
     Raises:
@@ -191,11 +194,12 @@ def _question(row: Mapping[str, Any], info: Mapping[str, Any]) -> str:
     return question
 
 
-def _tools(value: Any, known: set[str]) -> tuple[str, ...]:
+def _tools(value: Any, known: Collection[str]) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(tool, str) for tool in value):
         raise ValueError(f"extra_info.tools must be a list of names, not {value!r}")
-    if strange := sorted(set(value) - known):
-        raise ValueError(f"unknown tool {strange[0]!r} in extra_info.tools: known are {', '.join(sorted(known))}")
+    if strange := sorted(set(value).difference(known)):
+        there = ", ".join(sorted(known)) or "none"
+        raise ValueError(f"unknown tool {strange[0]!r} in extra_info.tools: the config's are {there}")
     return tuple(dict.fromkeys(value))
 
 

@@ -45,4 +45,4 @@ def test_the_tool_is_found_as_that_of_an_installed_package(tmp_path: Path, monke
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.stdout == "paint\n", done.stderr
     save(prompts(2), tmp_path / "train.parquet")
-    assert len(load(str(tmp_path / "train.parquet"), "train").prompts) == 64
+    assert len(load(str(tmp_path / "train.parquet"), "train", known=("paint",)).prompts) == 64

@@ -109,7 +109,7 @@ def test_only_rows_of_the_split_are_loaded_shuffled_and_cut(tmp_path: Path) -> N
         (row(image_num=1, tools=["code", "search"]), "image_num 1 leaves no room for the required tools code, search"),
         (row(tools=None), "extra_info.tools must be a list of names"),
         (row(tools=[3]), "extra_info.tools must be a list of names"),
-        (row(tools=["brush"]), "unknown tool 'brush' in extra_info.tools: known are .*code, diffusion"),
+        (row(tools=["brush"]), "unknown tool 'brush' in extra_info.tools: the config's are code, diffusion, edit, s"),
         (row(images="a.png"), "images must be a list, not str"),
         (row(images=["missing.png"]), r"images\[0\] is no PNG, JPEG, WEBP picture that can be read"),
         (row(images=[{"bytes": None, "path": None}]), r"images\[0\] is no .*: neither bytes nor a path, but NoneType"),
@@ -129,6 +129,13 @@ def test_a_broken_row_is_reported_and_the_others_stay(tmp_path: Path, broken: An
     with pytest.raises(ValueError, match=wrong):
         raise ValueError(problems[0])
     assert problems[0].startswith(f"{source}, row 2: ")
+
+
+def test_a_row_may_require_what_the_config_calls_a_tool_and_nothing_else(tmp_path: Path) -> None:
+    source = write(tmp_path, row(tools=["plot"]), row(tools=["mcp"]))
+    prompts, problems = load(source, "train", known=("plot",))
+    assert [p.tools for p in prompts] == [("plot",)]
+    assert [p.split(": ", 1)[1] for p in problems] == ["unknown tool 'mcp' in extra_info.tools: the config's are plot"]
 
 
 NAMES = st.sampled_from(["prompt", "images", "extra_info", "split", "tools", "question", "image_num", "bytes", "meta"])
@@ -151,7 +158,7 @@ def test_a_report_counts_all_problems_and_shows_a_few() -> None:
 
 def test_a_file_without_a_good_row_is_one_error_that_tells_of_its_problems(tmp_path: Path) -> None:
     source = write(tmp_path, row(image_num=-9), "{", row(split="test"))
-    with pytest.raises(ValueError, match=r"no good row of split 'train'; the file has test\n.*2 broken rows") as error:
+    with pytest.raises(ValueError, match=r"it has test: set extra_info.split to 'train' .*\n.*2 broken rows") as error:
         load(source, "train")
     assert "row 1: extra_info.image_num" in str(error.value)
 
