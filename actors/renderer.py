@@ -102,6 +102,7 @@ class Renderer(StageWorker):
             await asyncio.sleep(OUTAGE_PAUSE_S * 2 ** self._outages[name])
             await self._store.release(token, [name])
         else:
+            del self._outages[name]
             await self._store.ack(token, {name: ("dropped_data", f"{outage} ({MAX_OUTAGES} times)")})
             self.failed("data")
         self.end(1)
