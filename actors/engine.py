@@ -102,16 +102,18 @@ class Engine:
             "worker_extension_cls": "actors.weight_transfer.WorkerExtension",  # which is a tether's, too
             "enable_log_requests": False,
         }
+        here = dict(options)
+        if not torch.cuda.is_available():  # where vLLM refuses it: `sleep` then pauses, and frees no memory
+            here = cpu | here | {"enable_sleep_mode": False}
         if weights == "ipc":  # its handles reach the engine's process as pickles
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         self.version, self._weights = version, weights
         self.mapped_at = 0.0  # when the engine's process had mapped the newest weights (`time.monotonic`)
         self._adapter: _Adapter | None = None
         self._adapters = 0  # that there have been
+        self._asleep = False
         tie()
-        self._llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**(ours | ({} if torch.cuda.is_available() else cpu) | dict(options)))
-        )
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(ours | here)))
         self.tokenizer = self._llm.get_tokenizer()
 
     @property
@@ -199,6 +201,7 @@ class Engine:
             EngineDied: in the middle of it.
         """
         if adapter:
+            await self._wake()
             await self._adopt(buckets, version, adapter)
             return 0.0
         content = [bucket.plain() for bucket in buckets]
@@ -248,6 +251,7 @@ class Engine:
         if step == "init_weight_transfer_engine":
             await self._answer(self._llm.init_weight_transfer_engine(base.WeightTransferInitRequest(dict(info or {}))))
         elif step == "start_weight_update":
+            await self._wake()
             await self._answer(self._llm.pause_generation(mode="keep", clear_cache=True))
             await self._answer(self._llm.start_weight_update())
         elif step == "update_weights":
@@ -258,6 +262,22 @@ class Engine:
             await self._answer(self._llm.resume_generation())
         else:
             raise ValueError(f"no step {step!r} of a weight transfer with version {version}")
+
+    async def sleep(self) -> None:
+        """Give the accelerator's memory away until the next update. Requests under way are kept and go on after it.
+
+        It needs vLLM's `enable_sleep_mode`. Weights go to the host's memory: dropped ones (level 2) would have to come
+        whole, and those below an adapter never come again.
+
+        Raises:
+            EngineDied: before it slept.
+        """
+        self._asleep = True
+        await self._answer(self._llm.sleep(level=1, mode="keep"))
+
+    async def asleep(self) -> bool:
+        """Whether nothing is sampled until an update."""
+        return await self._answer(self._llm.is_sleeping())
 
     async def watch(self) -> None:
         """Look for ever whether the engine's process answers between its steps. Raises EngineDied once it does not."""
@@ -275,6 +295,11 @@ class Engine:
 
     def close(self) -> None:
         self._llm.shutdown()
+
+    async def _wake(self) -> None:
+        if self._asleep:
+            await self._answer(self._llm.wake_up())
+            self._asleep = False
 
     async def _generate(self, request: str, prompt_ids: list[int], params: Any, adapter: _Adapter | None) -> Any:
         async for output in self._outputs(request, prompt_ids, params, adapter):

@@ -21,7 +21,7 @@ import pyarrow as pa
 import ray
 
 from actors import metrics
-from actors.weights import Publisher, Sender
+from actors.weights import ANSWER_S, SLEEP_S, Publisher, Sender
 from learners.advantages import overlong, without_spread
 from learners.credit import Credit, by_token, of_group
 from learners.groups import Answer, answer, chosen
@@ -55,7 +55,8 @@ class LearnerRank:
         model: folder, `s3://...` or hub name to start from.
         options: of `learners.engine.Learner`.
         recipe: of the config's `learner` section (`cluster.config.Learner`), and `max_tokens`, `shuffled`, `seed`,
-            `retention`, `weights` (how they reach the engines), `adapter` (it alone does).
+            `retention`, `weights` (how they reach the engines), `adapter` (it alone does), `turns` (the engines sleep
+            while it learns).
         checkpoints: their folder: a path or `s3://...`.
         policy: where the policy of the newest checkpoint goes: a path or `s3://...`.
         incarnation: which life of the run this is.
@@ -139,6 +140,7 @@ class LearnerRank:
 
             self._first = self._sender  # keeps its memory: engines on other nodes pull from it whenever they start
             self._sender = DirectSender(weights, self._hub, self._rank, self._ranks)
+        self._make_room()
         return self._step
 
     def start(self) -> None:
@@ -174,6 +176,8 @@ class LearnerRank:
     def _one_step(self) -> None:
         started = time.monotonic()
         plan, tokens, stats = self._led(self._plan)
+        if self._recipe["turns"]:
+            self._led(self._rest)
         waited = time.monotonic() - started
         mine = self._read(plan)
         learnt, advantages = take_step(self._learner, plan, mine, self._before, self._credit(plan, mine))
@@ -287,7 +291,22 @@ class LearnerRank:
         }
 
     def _publish(self) -> None:
+        """Engines that sleep wake up over it."""
+        self._make_room()
         self._sender.publish(self._version(), self._weights)
+
+    def _rest(self) -> None:
+        """Let the engines sleep; no document is under way then, as `max_staleness` is 0."""
+        try:
+            ray.get(self._hub.rest.remote(), timeout=SLEEP_S + ANSWER_S)
+        except ray.exceptions.RayTaskError as error:
+            raise RuntimeError(str(error.cause)) from error
+
+    def _make_room(self) -> None:
+        """All ranks leave their spare memory to the engines, whose turn it is."""
+        if self._recipe["turns"]:
+            self._learner.release()
+            self._meet()
 
     def _acknowledge(self, tokens: Iterable[int], advantages: Mapping[str, float]) -> None:
         ends = {name: ("trained", "") for name in advantages}

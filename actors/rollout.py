@@ -8,7 +8,8 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
+from uuid import uuid4
 
 import pyarrow as pa
 import ray
@@ -66,9 +67,12 @@ class RolloutWorker(StageWorker):
         self._done: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._purpose: str | None = None
         self._newest, self._max_staleness = 0, max_staleness
-        self._life = 0
+        self._life = uuid4().hex
+        self._slept: float | None = None  # since when
 
     async def setup(self) -> None:
+        if self._options.get("enable_sleep_mode"):
+            await self._join(0)  # within the step of a learner: the driver's `stall_s` bounds it
         newest = await self._hub.newer.remote(None, FIRST_S)
         if newest is None:
             raise RuntimeError(f"{self._name} waited {FIRST_S:g} s for the first policy version")
@@ -80,8 +84,7 @@ class RolloutWorker(StageWorker):
             self._hold(start, 0)
         await self._take(weights)
         if self._weights != "host":
-            me = ray.get_runtime_context().current_actor
-            self._life = await self._hub.join.remote(self._name, me, self._engine.ranks)
+            await self._join(self._engine.ranks)
 
     async def loop(self) -> None:
         """Ends the process if the engine died: Ray starts it anew, with an engine that pulls the newest weights."""
@@ -93,8 +96,7 @@ class RolloutWorker(StageWorker):
                 group.create_task(self._follow())
                 group.create_task(self._engine.watch())
         except* EngineDied as died:
-            print(f"{self._name} starts anew: {died.exceptions[0]}", file=sys.stderr, flush=True)
-            os._exit(1)
+            self._end(died.exceptions[0])
 
     async def focus(self, purpose: str | None) -> None:
         """Claim only prompts of this purpose (an evaluation), or any."""
@@ -104,9 +106,24 @@ class RolloutWorker(StageWorker):
         """The engine's policy version, and the checksum of the weights that it pulled (0 for others)."""
         return self._current
 
-    async def life(self) -> int:
-        """Which life of the worker this is, of those that joined vLLM's own weight transfer; 0 before it has."""
+    async def life(self) -> str:
+        """Which life of the worker this is: each process has another."""
         return self._life
+
+    async def sleep(self, life: str, version: int) -> None:
+        """Let the engine sleep until it gets newer weights than this version, which it waits for if they are pulled.
+
+        Of another life nothing is left that could sleep: an engine starts once the learner's turn is over.
+        """
+        if life != self._life:
+            return
+        while self._current[0] < (version if self._weights == "host" else 0):
+            await asyncio.sleep(0.02)
+        try:
+            await self._engine.sleep()
+        except EngineDied as died:
+            self._end(died)
+        self._slept = time.monotonic()
 
     async def transfer(self, step: str, info: Mapping[str, Any] | None = None, version: int | None = None) -> None:
         """One step of vLLM's own weight transfer, driven by the learner (`actors/weight_senders.py`)."""
@@ -205,8 +222,18 @@ class RolloutWorker(StageWorker):
             else:
                 self._hold(weights.version, weights.checksum)
 
+    async def _join(self, ranks: int) -> None:
+        await self._hub.join.remote(self._name, ray.get_runtime_context().current_actor, self._life, ranks)
+
+    def _end(self, died: BaseException) -> NoReturn:
+        print(f"{self._name} starts anew: {died}", file=sys.stderr, flush=True)
+        os._exit(1)
+
     def _hold(self, version: int, checksum: int) -> None:
         """The engine has these weights now."""
         self._current = version, checksum
+        if self._slept is not None:
+            self.totals["asleep_s"] += time.monotonic() - self._slept
+            self._slept = None
         self.totals["weights_checksum"] = checksum
         metrics.gauge("policy_version", updates(version), stage=self.stage)

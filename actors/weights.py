@@ -26,6 +26,7 @@ from actors.buckets import Bucket, BucketGone, Pool, Reader, fill, held, locked
 COMMIT_S = 120.0  # the hub answers within it
 SHIP_S = 600.0  # a bucket is on another node within it
 ANSWER_S = 10.0  # an engine that is ready to be sent weights answers within it
+SLEEP_S = 1800.0  # an engine sleeps within it, even one that was starting
 _SHIPPED = 2  # buckets that stay in the object store, for engines that ask for the same one
 
 #: Makes a fresh pass over the named weights, in checkpoint form; under ZeRO-3 all ranks make it together.
@@ -56,11 +57,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Member:
-    """An engine that vLLM's own transfers send to: `ranks` processes, in the `life`-th life of its worker."""
+    """An engine, in one `life` of its worker; `ranks` processes of it can be sent weights to by vLLM's own transfers."""
 
     worker: Any
+    life: str
     ranks: int
-    life: int
 
 
 @ray.remote
@@ -74,6 +75,7 @@ class WeightHub:
         self._hold = ExitStack()
         self._shipped: dict[tuple[int, int], Any] = {}
         self._members: dict[str, Member] = {}
+        self._resting = False  # the engines sleep
         self._changed = asyncio.Condition()
 
     async def publish(self, weights: Weights) -> None:
@@ -89,7 +91,7 @@ class WeightHub:
 
     async def announce(self, version: int) -> None:
         """Make a version the newest that the engines were sent, and that cannot be pulled."""
-        self._newest = version
+        self._newest, self._resting = version, False
         async with self._changed:
             self._changed.notify_all()
 
@@ -124,25 +126,45 @@ class WeightHub:
                 del self._shipped[next(iter(self._shipped))]
         return [self._shipped[key]]
 
-    async def join(self, name: str, worker: Any, ranks: int) -> int:
-        """An engine is ready to be sent weights. Returns which life of the worker this is, from 1 on."""
-        life = self._members[name].life + 1 if name in self._members else 1
-        self._members[name] = Member(worker, ranks, life)
-        return life
+    async def join(self, name: str, worker: Any, life: str, ranks: int) -> None:
+        """An engine that shares its accelerator with a learner is about to start (`ranks` 0), and may once none works
+        there; or one is ready to be sent weights."""
+        async with self._changed:
+            if name not in self._members or self._members[name].life != life:
+                await self._changed.wait_for(lambda: not self._resting)
+            self._members[name] = Member(worker, life, ranks)
+
+    async def rest(self) -> None:
+        """All engines that joined sleep until the next version, and none starts: it is the learner's turn.
+
+        Raises:
+            RuntimeError: one does not fall asleep in `SLEEP_S`.
+        """
+        self._resting = True
+        await asyncio.gather(*(_sleep(name, m, self._newest or 0) for name, m in self._members.items()))
 
     async def members(self) -> list[Member]:
-        """Those that joined, but for the ones that died since, have not joined anew yet, or do not answer."""
-        members = [self._members[name] for name in sorted(self._members)]
+        """Those that can be sent to, but for the ones that died since, have not joined anew yet, or do not answer."""
+        members = [self._members[name] for name in sorted(self._members) if self._members[name].ranks]
         lives = await asyncio.gather(*(_life(m) for m in members))
         return [m for m, life in zip(members, lives, strict=True) if m.life == life]
 
 
-async def _life(member: Member) -> int:
-    """The life that its worker says it has; 0 for one that has not joined or does not answer."""
+async def _life(member: Member) -> str:
+    """The life that its worker says it has; none for one that does not answer."""
     try:
         return await asyncio.wait_for(member.worker.life.remote(), ANSWER_S)
     except (ray.exceptions.RayError, TimeoutError):
-        return 0
+        return ""
+
+
+async def _sleep(name: str, member: Member, version: int) -> None:
+    try:
+        await asyncio.wait_for(member.worker.sleep.remote(member.life, version), SLEEP_S)
+    except ray.exceptions.RayActorError:
+        pass  # its engine ended with it, and the next one waits for its turn
+    except TimeoutError:
+        raise RuntimeError(f"the learner waited {SLEEP_S:g} s for the engine of {name} to fall asleep") from None
 
 
 @ray.remote(num_cpus=0, max_retries=1)

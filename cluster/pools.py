@@ -332,6 +332,7 @@ class Pools:
             "seed": self.config.seed,
             "weights": self.config.weights,
             "adapter": bool(sampler.engine.get("enable_lora")),
+            "turns": bool(sampler.engine.get("enable_sleep_mode")),
             "retention": Retention(self.config.store.max_bytes, self.config.store.max_age_s),
         }
         recipe = c.model_dump(include=set(_RECIPE))

@@ -397,6 +397,11 @@ class Learner:
         weights = {name: tensor.cpu() for name, tensor in self.weights() if self.rank == 0}
         led(lambda: write_model(url, self.model, weights, tokenizer_dir), self.rank, self.world_size)
 
+    def release(self) -> None:
+        """Hand back what torch holds of the accelerator's memory without need, for whoever shares it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         """Frees the engine and leaves the process group; the process may make another learner after it."""
         self._engine.destroy()

@@ -67,7 +67,7 @@ def rank(store: Store, model_dir: Path, tmp_path: Path) -> Iterator[Callable[...
             **{"checkpoint_every": 100, "keep": 1, "advantage": "grpo", "correction": {"truncate_tokens": {}}},
             **{"kl": {"coef": 0.0, "estimator": "k3", "into": "loss"}, "dynamic_sampling": False},
             **{"overlong": {"buffer": 0, "penalty": 1.0, "masked": False}, "shuffled": False, "seed": 0},
-            **{"max_tokens": MAX_TOKENS, "weights": "host", "adapter": False, "credit_calls": 0.0},
+            **{"max_tokens": MAX_TOKENS, "weights": "host", "adapter": False, "turns": False, "credit_calls": 0.0},
         }
         made.append(
             Rank(

@@ -31,13 +31,20 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self._life = 0
+        self._life, self.sleepless = "", False
 
-    async def life(self) -> int:
+    async def life(self) -> str:
         return self._life
 
-    async def live(self, life: int) -> None:
-        self._life = life
+    async def sleep(self, life: str, version: int) -> None:
+        self.calls.append((life == self._life, version))
+
+        if self.sleepless:
+            await asyncio.sleep(60)
+
+    async def live(self, life: str, sleepless: bool = False) -> str:
+        self._life, self.sleepless = life, sleepless
+        return life
 
     async def hang(self) -> None:
         time.sleep(2)
@@ -76,7 +83,7 @@ def test_vllm_has_both_sides_of_the_backend_and_takes_what_we_give_its_trainer(b
 
 def test_every_engine_gets_ranks_of_its_own_and_each_step_in_order(local_ray: None) -> None:
     workers = [Recorder.remote() for _ in range(3)]  # type: ignore[attr-defined]
-    client = Engines([Member(w, ranks, 1) for w, ranks in zip(workers, (2, 1, 4), strict=True)])
+    client = Engines([Member(w, "", ranks) for w, ranks in zip(workers, (2, 1, 4), strict=True)])
     assert isinstance(client, VLLMWeightSyncClient)
     client.version = 7
     client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 8})
@@ -133,7 +140,7 @@ def test_all_ranks_make_as_many_passes_over_the_weights_also_when_engines_start_
     worker = Recorder.remote()  # type: ignore[attr-defined]
     for version, joins, count in ((1, True, 2), (2, False, 3), (3, True, 5), (4, False, 6)):  # 2 for a new group
         if joins:
-            ray.get(worker.live.remote(ray.get(hub.join.remote("rollout-0", worker, 1), timeout=60)), timeout=60)
+            ray.get(hub.join.remote("rollout-0", worker, worker.live.remote(f"life {version}"), 1), timeout=60)
         for trainer, (sender, passes) in zip((lambda: Sending, real), senders, strict=True):
             monkeypatch.setitem(WeightTransferTrainerFactory._registry, "nccl", trainer)
             sender.publish(version, passes)
@@ -148,32 +155,62 @@ async def test_an_engine_that_died_or_is_not_ready_yet_is_sent_nothing_until_it_
     hub = WeightHub.__ray_metadata__.modified_class()  # type: ignore[attr-defined]
     one, two = (Recorder.remote() for _ in range(2))  # type: ignore[attr-defined]
 
-    async def join(name: str, worker: Any) -> None:
-        await worker.live.remote(await hub.join(name, worker, 1))
+    async def join(name: str, worker: Any, life: str) -> None:
+        await hub.join(name, worker, await worker.live.remote(life), 0)
+        assert (worker, life) not in await present(), "it is about to start"
+        await hub.join(name, worker, life, 1)
 
-    async def present() -> list[tuple[Any, int]]:
+    async def present() -> list[tuple[Any, str]]:
         return [(m.worker, m.life) for m in await hub.members()]
 
-    await join("one", one)
-    await join("two", two)
-    assert await present() == [(one, 1), (two, 1)]
+    await join("one", one, "a")
+    await join("two", two, "b")
+    assert await present() == [(one, "a"), (two, "b")]
     busy = two.hang.remote()
     await asyncio.sleep(0.2)
-    assert await present() == [(one, 1)], "one that does not answer is left out"
+    assert await present() == [(one, "a")], "one that does not answer is left out"
     await busy
-    assert await present() == [(one, 1), (two, 1)]
+    assert await present() == [(one, "a"), (two, "b")]
     with pytest.raises(ray.exceptions.RayActorError):
         await one.die.remote()
-    assert await present() == [(two, 1)]
+    assert await present() == [(two, "b")]
     while True:  # it is there again, with an engine that is in no group
         try:
-            assert await one.life.remote() == 0
+            assert await one.life.remote() == ""
             break
         except ray.exceptions.ActorUnavailableError:
             await asyncio.sleep(0.1)
-    assert await present() == [(two, 1)]
-    await join("one", one)
-    assert await present() == [(one, 2), (two, 1)]
+    assert await present() == [(two, "b")]
+    await join("one", one, "c")
+    assert await present() == [(one, "c"), (two, "b")]
+
+
+async def test_in_the_learners_turn_every_engine_sleeps_and_none_starts(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = WeightHub.__ray_metadata__.modified_class()  # type: ignore[attr-defined]
+    one, two = (Recorder.remote() for _ in range(2))  # type: ignore[attr-defined]
+    await hub.announce(3)
+    await hub.join("one", one, await one.live.remote("a"), 1)
+    await hub.join("two", two, await two.live.remote("b"), 0)
+    await hub.rest()
+    assert await asyncio.gather(one.told.remote(), two.told.remote()) == [[(True, 3)]] * 2
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(hub.join("two", two, "another", 0), 0.2)
+    await asyncio.wait_for(hub.join("two", two, "b", 1), 5.0)  # it was starting when the turn began
+    starting = asyncio.create_task(hub.join("two", two, "another", 0))
+    await asyncio.sleep(0.1)
+    await hub.announce(4)
+    await asyncio.wait_for(starting, 5.0)
+    with pytest.raises(ray.exceptions.RayActorError):
+        await one.die.remote()
+    await hub.rest()  # what died holds nothing, and the new life of the other has not begun
+    assert await two.told.remote() == [(True, 3), (False, 4)]
+
+    monkeypatch.setattr(weights, "SLEEP_S", 0.5)
+    await two.live.remote("another", sleepless=True)
+    with pytest.raises(RuntimeError, match=r"the learner waited 0\.5 s for the engine of two to fall asleep"):
+        await hub.rest()
 
 
 def test_a_transfer_whose_peer_died_ends_in_one_sentence() -> None:

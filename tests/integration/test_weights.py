@@ -87,6 +87,7 @@ class Bench:
             "max_model_len": 512,
             "max_num_seqs": 8,
             "kv_cache_memory_bytes": 32 << 20,
+            "enable_sleep_mode": True,
         }
         if lora:
             engine |= {"enable_lora": True, "max_lora_rank": lora["r"], "max_loras": 2}
@@ -225,12 +226,70 @@ def test_requests_go_on_under_new_weights_and_each_token_says_which_made_it(benc
             assert [row["logprobs"][i] for i in of_version] == pytest.approx([theirs[i] for i in of_version], abs=CLOSE)
 
 
+def test_engines_sleep_while_the_learner_works_and_its_weights_wake_them(bench: Bench) -> None:
+    ray.get([w.apply.remote(_calls) for w in bench.workers], timeout=60)
+    rows, _ = group_rows(Prompt("asleep", "what is a cat?"), "asleep", 0, 6, 0)
+    bench.store.now(bench.store.put("pending", rows))
+    time.sleep(0.7)  # they are under way
+    snapshots = {bench.version: _copied(bench.learner)}
+    for _ in range(2):
+        ray.get(bench.hub.rest.remote(), timeout=60)
+        for _ in range(2):
+            assert ray.get([w.apply.remote(_asleep) for w in bench.workers], timeout=60) == [True, True]
+            bench.learn()
+        bench.publish()
+        snapshots[bench.version] = _copied(bench.learner)
+        bench.wait_for(bench.version)
+        assert ray.get([w.apply.remote(_asleep) for w in bench.workers], timeout=60) == [False, False]
+        time.sleep(0.3)
+    made = _rows(bench.store, "asleep", 6)
+    assert any(len(set(r["versions"])) > 1 for r in made), [sorted(set(r["versions"])) for r in made]
+    for version, snapshot in snapshots.items():
+        _restore(bench.learner, snapshot)
+        for row in made:
+            assert len(row["versions"]) == 400, "what was under way went on"
+            theirs = bench.logprobs(row["prompt_ids"] + row["token_ids"])[len(row["prompt_ids"]) - 1 :]
+            of_version = [i for i, v in enumerate(row["versions"]) if v == version]
+            assert [row["logprobs"][i] for i in of_version] == pytest.approx([theirs[i] for i in of_version], abs=CLOSE)
+    for worker in bench.workers:
+        assert ray.get(worker.apply.remote(lambda w: w.asked), timeout=60) == 2 * [
+            ("sleep", {"level": 1, "mode": "keep"}),
+            ("wake_up", {}),
+            ("pause_generation", {"mode": "keep", "clear_cache": True}),
+            ("update_weights", {}),
+            ("resume_generation", {}),
+        ]
+        assert ray.get(worker.ping.remote(), timeout=60)["asleep_s"] > 0
+
+
+@pytest.mark.slow
+def test_an_engine_does_not_start_in_the_learners_turn(bench: Bench) -> None:
+    old, engine = _engine(bench.workers[0])
+    ray.get(bench.hub.rest.remote(), timeout=60)
+    psutil.Process(old).kill()
+    psutil.wait_procs([engine], timeout=30)
+    while True:
+        with contextlib.suppress(ray.exceptions.ActorUnavailableError):
+            answer = bench.workers[0].ping.remote()
+            with pytest.raises(ray.exceptions.GetTimeoutError):
+                ray.get(answer, timeout=20)
+            break
+    pid = ray.get(bench.workers[0].apply.remote(_pid), timeout=60)
+    assert pid != old and psutil.Process(pid).children(recursive=True) == []
+    bench.learn()
+    bench.publish()
+    ray.get(answer, timeout=120)
+    bench.wait_for(bench.version)
+    for found in bench.scores():
+        assert found == pytest.approx(bench.logprobs(SEQUENCE), abs=CLOSE)
+
+
 def test_a_learner_can_drive_vllms_own_transfer_over_all_engines(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_senders, "init_info", lambda backend, rank, world_size, largest: LoopInfo(rank=rank))
     monkeypatch.setitem(WeightTransferTrainerFactory._registry, LoopInfo.backend, lambda: Loop)
     for i, worker in enumerate(bench.workers):
-        life = ray.get(bench.hub.join.remote(f"rollout-{i}", worker, 1), timeout=60)
-        ray.get(worker.apply.remote(_live, life), timeout=60)
+        life = ray.get(worker.life.remote(), timeout=60)
+        ray.get(bench.hub.join.remote(f"rollout-{i}", worker, life, 1), timeout=60)
     sender = DirectSender("loop", bench.hub)
     for _ in range(2):
         bench.learn()
@@ -381,8 +440,23 @@ def _rows(store: StoreClient, purpose: str, count: int) -> list[dict[str, Any]]:
     return [row for c in claims for row in c.to_pylist()]
 
 
-def _live(worker: Any, life: int) -> None:
-    worker._life = life
+async def _asleep(worker: Any) -> bool:
+    return await worker._engine.asleep()
+
+
+def _calls(worker: Any) -> None:
+    """From now on remember what is asked of vLLM."""
+    worker.asked, llm = [], worker._engine._llm
+
+    def watched(name: str, call: Any) -> Any:
+        def made(*args: Any, **options: Any) -> Any:
+            worker.asked.append((name, options))
+            return call(*args, **options)
+
+        return made
+
+    for name in ("sleep", "wake_up", "pause_generation", "update_weights", "resume_generation"):
+        setattr(llm, name, watched(name, getattr(llm, name)))
 
 
 def _pid(worker: Any) -> int:
