@@ -57,7 +57,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Member:
-    """An engine, in one `life` of its worker; `ranks` processes of it can be sent weights to by vLLM's own transfers."""
+    """An engine, in one `life` of its worker; vLLM's own transfers can send to its `ranks` processes."""
 
     worker: Any
     life: str

@@ -388,18 +388,13 @@ def _check(config: Config, path: str | Path) -> None:
         raise ConfigError(
             f"{path}: weights: {config.weights} needs learner.gpus and rollout.gpus; `host` needs neither"
         )
-    if config.weights == "ipc" and (gpus := config.learner.gpus + config.rollout.gpus) > 1:
-        raise ConfigError(
-            f"{path}: weights: ipc needs learner and engine on one GPU, so learner.gpus and rollout.gpus may add up "
-            f"to 1 at most, not {gpus:g}; between GPUs take nccl or host"
-        )
     if config.learner.schedule != "constant" and config.learner.warmup_steps >= config.learner.steps:
         raise ConfigError(f"{path}: learner.warmup_steps must be below learner.steps, or the schedule constant")
     if config.learner.ranks % config.learner.sequence_parallel:
         raise ConfigError(f"{path}: learner.ranks must be a multiple of learner.sequence_parallel")
     if config.learner.prompts_per_step % config.learner.updates_per_step:
         raise ConfigError(f"{path}: learner.prompts_per_step must be a multiple of learner.updates_per_step")
-    problems = (_judge_error, _reward_error, _adapter_error, _recipe_error, _deepspeed_error)
+    problems = (_judge_error, _reward_error, _sharing_error, _adapter_error, _recipe_error, _deepspeed_error)
     if wrong := next(filter(None, (problem(config) for problem in problems)), ""):
         raise ConfigError(f"{path}: {wrong}")
 
@@ -414,6 +409,17 @@ def scores_calls(config: Config) -> bool:
     """Whether anything reads the scores of single calls."""
     terms = config.reward.terms or {}
     return config.learner.credit_calls > 0 or any("process" in (name, *t.gates) for name, t in terms.items())
+
+
+def shares_gpu(config: Config) -> bool:
+    """Whether an engine is on the GPU of a learner rank: what they ask for fits one."""
+    learner, engine = config.learner.gpus, config.rollout.gpus
+    return min(learner, engine) > 0 and learner + engine <= 1
+
+
+def takes_turns(config: Config) -> bool:
+    """Whether the engines sleep while the learner works."""
+    return bool(config.rollout.engine.get("enable_sleep_mode"))
 
 
 def _judge_error(config: Config) -> str:
@@ -434,6 +440,31 @@ def _reward_error(config: Config) -> str:
         return f"reward.terms: {error}"
     if config.reward.shuffled and config.learner.credit_calls:
         return "reward.shuffled deals rewards alone: a control has learner.credit_calls 0"
+    return ""
+
+
+def _sharing_error(config: Config) -> str:
+    c, gpus = config.learner, config.learner.gpus + config.rollout.gpus
+    for key, used in (
+        ("weights: ipc", config.weights == "ipc"),
+        ("rollout.engine.enable_sleep_mode", takes_turns(config)),
+    ):
+        if used and gpus > 1:
+            return (
+                f"{key} needs learner and engine on one GPU, so learner.gpus and rollout.gpus may add up to 1 at most, "
+                f"not {gpus:g}"
+            )
+    if takes_turns(config) and c.max_staleness:
+        return (
+            f"rollout.engine.enable_sleep_mode: engines that sleep while the learner works have nothing to write "
+            f"meanwhile, so learner.max_staleness must be 0, not {c.max_staleness}"
+        )
+    if shares_gpu(config) and config.weights == "nccl":
+        return f"weights: nccl is for GPUs apart; on one, of which learner and engine take {gpus:g}, use ipc or host"
+    if shares_gpu(config) and config.rollout.workers > c.ranks:
+        return (
+            f"each engine shares the GPU of a learner rank, so rollout.workers must be at most learner.ranks, {c.ranks}"
+        )
     return ""
 
 
@@ -488,6 +519,10 @@ def _deepspeed_error(config: Config) -> str:
         given = config.learner.deepspeed.get(section) if section else config.learner.deepspeed
         if isinstance(given, dict) and option in given:
             return f"learner.deepspeed: {key} is the learner's own; set {ours} instead"
+    for what in ("offload_optimizer", "offload_param"):
+        asked = config.learner.deepspeed.get("zero_optimization", {}).get(what, {})
+        if asked.get("device") == "nvme" and not (config.learner.zero_stage == 3 and asked.get("nvme_path")):
+            return f"learner.deepspeed: {what} to nvme needs nvme_path, a folder on the nodes' disks, and zero_stage 3"
     return ""
 
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import Config, Resources
+from cluster.config import Config, Resources, shares_gpu, takes_turns
 from cluster.estimate import (
     CONTEXT,
     GIB,
@@ -27,17 +27,21 @@ from cluster.estimate import (
     logprobs,
     lora_params,
     model_states,
+    swap_buffers,
 )
 from cluster.node_types import ACCELERATORS, CLUSTER, Machine, machine_for, node_types, this_accelerator, unplaced
 from cluster.policy_shape import NoShape, shape_of
-from cluster.pools import placement
+from cluster.pools import gpus, placement
 
 Row = tuple[str, int, Resources]
+BUNDLE = "learner with an engine"
 
 #: Bytes of a number, by the names that vLLM, DeepSpeed and this config give to formats; others are of 2 bytes.
 WIDTHS = {"float32": 4, "float": 4, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 #: vLLM 0.32: `vllm/config/cache.py`, and `vllm/engine/arg_utils.py` for an engine inside a program.
 UTILIZATION, BATCHED_TOKENS, SEQUENCES = 0.92, 8192, 256
+#: DeepSpeed 0.19: `deepspeed/runtime/zero/config.py` and `offload_config.py`.
+SUB_GROUP, SWAP_BUFFERS, SWAPPED_WEIGHT = 10**9, {"optimizer": 4, "param": 5}, 10**8
 
 
 @dataclass(frozen=True)
@@ -54,24 +58,36 @@ def show(config: Config, console: Console | None = None) -> None:
     console = console or Console()
     print(config.dump())
     rows, types = placement(config), node_types()
-    console.print(_placement_table(rows, types))
-    for line in unplaced_lines(rows, types):
+    console.print(_placement_table(rows, together(config, rows), types))
+    for line in unplaced_lines(together(config, rows), types):
         console.print(line, soft_wrap=True)
     try:
         shape = shape_of(config.policy)
     except NoShape as error:
         console.print(f"memory is not estimated: {error}", soft_wrap=True)
         return
-    learner_at, engine_at = place_of(config.learner, types), place_of(config.rollout, types)
+    learner_at = place_of(config.learner, types)
+    engine_at = learner_at if shares_gpu(config) else place_of(config.rollout, types)
     learner = learner_memory(config, shape, learner_at.kind)
     engine = rollout_memory(config, shape, engine_at)
     console.print(_memory_table(config, shape, learner, engine, learner_at, engine_at))
     for line in [
         *learner_lines(config, learner, learner_at, machine_for(config.learner, types)),
         *engine_lines(config, shape, engine, engine_at),
+        *shared_lines(config, learner, engine, learner_at),
         *_cpu_lines(config, learner, engine),
     ]:
         console.print(line, soft_wrap=True)
+
+
+def together(config: Config, rows: Sequence[Row]) -> list[Row]:
+    """The rows of a placement, with a learner rank and the engine on its GPU as one."""
+    if not shares_gpu(config):
+        return list(rows)
+    apart = [row for row in rows if row[0] not in ("learner", "rollout")]
+    bundle = dict(gpus(config)[0])
+    asked = Resources(cpus=bundle.pop("CPU", 0.0), gpus=bundle.pop("GPU"), resources=bundle)
+    return [*apart, (BUNDLE, config.learner.ranks, asked)]
 
 
 def unplaced_lines(rows: Sequence[Row], types: list[Machine]) -> list[str]:
@@ -112,21 +128,23 @@ def learner_memory(config: Config, shape: Shape, kind: str) -> LearnerMemory:
 
     c = config.learner
     trained = lora_params(shape, c.lora.r) if c.lora else None
-    zero = {"stage": c.zero_stage} | dict(c.deepspeed.get("zero_optimization", {}))
+    zero: dict[str, Any] = {"stage": c.zero_stage} | dict(c.deepspeed.get("zero_optimization", {}))
     width = WIDTHS.get(c.dtype, 2)
     longest = config.rollout.engine.get("max_model_len", 0)
     tokens = longest if c.sequence_parallel > 1 else max(c.tokens_per_microbatch, longest)
     split = c.ranks if zero["stage"] == 3 else 1
+    states = model_states(
+        shape.params,
+        c.ranks,
+        zero["stage"],
+        width,
+        trained=trained,
+        optimizer_on=_device(zero, "optimizer"),
+        weights_on=_device(zero, "param"),
+    )
+    through = _swap_buffers(zero, -(-(trained or shape.params) // c.ranks), width)
     return LearnerMemory(
-        states=model_states(
-            shape.params,
-            c.ranks,
-            zero["stage"],
-            width,
-            trained=trained,
-            optimizer_on=_device(zero, "optimizer"),
-            weights_on=_device(zero, "param"),
-        ),
+        states=replace(states, host=states.host + through),
         reference=-(-shape.params // split) * width if c.kl.coef and not c.lora else 0,
         activations=activations(
             shape, tokens, width, checkpointing=c.gradient_checkpointing, sequence_parallel=c.sequence_parallel
@@ -147,6 +165,18 @@ def learner_memory(config: Config, shape: Shape, kind: str) -> LearnerMemory:
 def _device(zero: Mapping[str, Any], what: str) -> str:
     device = zero.get(f"offload_{what}", {}).get("device", "none")
     return "gpu" if device == "none" else str(device)
+
+
+def _swap_buffers(zero: Mapping[str, Any], part: int, width: int) -> int:
+    """Bytes that offload to NVMe goes through."""
+    count = {
+        what: int(zero[f"offload_{what}"].get("buffer_count", n)) if _device(zero, what) == "nvme" else 0
+        for what, n in SWAP_BUFFERS.items()
+    }
+    weight = int(zero.get("offload_param", {}).get("buffer_size", SWAPPED_WEIGHT))
+    return swap_buffers(
+        part, width, int(zero.get("sub_group_size", SUB_GROUP)), count["optimizer"], count["param"], weight
+    )
 
 
 def rollout_memory(config: Config, shape: Shape, place: Place) -> EngineMemory | None:
@@ -204,7 +234,7 @@ def engine_lines(config: Config, shape: Shape, memory: EngineMemory | None, plac
     """Whether an engine fits and how many full sequences it can hold; and whether it asks for the GPUs that it uses."""
     c, engine = config.rollout, config.rollout.engine
     parallel = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
-    if c.gpus and c.gpus != parallel:
+    if c.gpus and c.gpus != parallel and not (shares_gpu(config) and parallel == 1):
         yield f"rollout: an engine asks for {c.gpus:g} GPUs and uses {parallel}: set rollout.gpus to that"
     if memory is None:
         least = _engine_least(config, shape)
@@ -226,6 +256,25 @@ def engine_lines(config: Config, shape: Shape, memory: EngineMemory | None, plac
             f"rollout: an engine has KV cache for {memory.tokens:,} tokens: of its {wanted} sequences, {rest} can "
             f"reach {length:,} tokens at a time"
         )
+
+
+def shared_lines(config: Config, learner: LearnerMemory, engine: EngineMemory | None, place: Place) -> Iterator[str]:
+    """Whether learner and engine fit one GPU together, or by turns: asleep, an engine keeps its libraries alone."""
+    if not shares_gpu(config) or engine is None or place.gib is None:
+        return
+    turns = takes_turns(config)
+    beside = learner.kept if turns else learner.total  # an engine that works
+    need = max(learner.total + engine.context, beside + engine.total)
+    line = (
+        f"learner and engine on one GPU, {'by turns' if turns else 'at a time'}: that needs {need / GIB:.1f} GiB and "
+    )
+    ways = []
+    if _fit(max(learner.total + engine.context, beside + engine.total - max(0, engine.kv_cache)), place):
+        room = 1 - beside / (place.gib * GIB)
+        ways.append(f"lower rollout.engine.gpu_memory_utilization to {int(100 * room) / 100:g}")
+    if not turns:
+        ways.append("let them take turns: rollout.engine.enable_sleep_mode, with learner.max_staleness 0")
+    yield line + _fits(need, place) + ("" if _fit(need, place) else f": {', or '.join(ways)}".rstrip(": "))
 
 
 def _engine_least(config: Config, shape: Shape) -> int:
@@ -261,14 +310,16 @@ def _smallest(need: int) -> str:
     return f"{fitting[0]} ({ACCELERATORS[fitting[0]]:.1f} GiB) or larger" if fitting else "no accelerator known here"
 
 
-def _placement_table(rows: Sequence[Row], types: list[Machine]) -> Table:
+def _placement_table(rows: Sequence[Row], as_placed: Sequence[Row], types: list[Machine]) -> Table:
     table = Table("actor", "number", "CPU each", "GPU each", "other", "node type", title="placement")
+    bundle = next((r for name, _, r in as_placed if name == BUNDLE), None)
     for name, n, r in rows:
         other = ", ".join(f"{k}: {v:g}" for k, v in r.resources.items())
-        table.add_row(name, str(n), f"{r.cpus:g}", f"{r.gpus:g}", other, _node(r, types))
+        place = bundle if bundle and name in ("learner", "rollout") else r
+        table.add_row(name, str(n), f"{r.cpus:g}", f"{r.gpus:g}", other, _node(place, types))
     table.add_section()
     sums = (f"{sum(n * getattr(r, k) for _, n, r in rows):g}" for k in ("cpus", "gpus"))
-    nodes = ", ".join(f"{n} {name}" for name, n in nodes_needed(rows, types).items())
+    nodes = ", ".join(f"{n} {name}" for name, n in nodes_needed(as_placed, types).items())
     table.add_row("all", str(sum(n for _, n, _ in rows)), *sums, "", nodes)
     return table
 
@@ -310,6 +361,10 @@ def _memory_table(
     table.add_section()
     table.add_row("all", *(f"{m.total / GIB:.2f}" if m else "?" for m in (learner, engine)))
     table.add_row("of", *(f"{p.name}, {p.gib:.1f}" if p.gib else "?" for p in (learner_at, engine_at)))
-    if s.host:
-        table.add_row("offloaded to the node's memory", f"{s.host / GIB:.2f}", "")
+    asleep = engine.weights if engine and takes_turns(config) else 0
+    for where, offloaded, slept in (("memory", s.host, asleep), ("disk (NVMe)", s.disk, 0)):
+        if offloaded or slept:
+            table.add_row(
+                f"offloaded to the node's {where}", *(f"{n / GIB:.2f}" if n else "" for n in (offloaded, slept))
+            )
     return table

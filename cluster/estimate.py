@@ -44,13 +44,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of a rank's model states. `step` is what the optimiser step needs while no gradient is being made."""
+    """Bytes of a rank's model states. `step` is what the optimiser step needs while no gradient is being made; `host`
+    and `disk` are what is offloaded."""
 
     weights: int
     gradients: int
     optimizer: int
     step: int
     host: int
+    disk: int
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,14 @@ class LearnerMemory:
     context: int
 
     @property
+    def kept(self) -> int:
+        """While nothing is learnt."""
+        return self.states.weights + self.states.optimizer + self.reference + self.buffers + self.context
+
+    @property
     def total(self) -> int:
         passes = self.states.gradients + self.activations + self.logprobs
-        kept = self.states.weights + self.states.optimizer + self.reference + self.buffers + self.context
-        return kept + max(passes, self.states.step)
+        return self.kept + max(passes, self.states.step)
 
 
 @dataclass(frozen=True)
@@ -117,15 +123,29 @@ def model_states(
     weights = width * (-(-params // ranks) if split else params)
     gradients = width * (part if split else trained)
     adam, step = 12 * part, (width + 4) * part
-    host = 0
+    away = {"cpu": 0, "nvme": 0}
     if optimizer_on != "gpu":
-        host += 16 * part if optimizer_on == "cpu" else 0
+        away[optimizer_on] += 16 * part
         gradients = 0 if split else gradients
         adam = step = 0
     if weights_on != "gpu":
-        host += weights if weights_on == "cpu" else 0
+        away[weights_on] += weights
         weights = 0
-    return States(weights, gradients, adam, step, host)
+    return States(weights, gradients, adam, step, away["cpu"], away["nvme"])
+
+
+def swap_buffers(part: int, width: int, sub_group: int, states: int, weights: int, weight: int) -> int:
+    """Bytes of a rank's buffers in the node's memory that offload to NVMe goes through, filled or not.
+
+    ZeRO-Infinity (arXiv 2104.07857, section 5.3): `buffer_count` buffers, `states` of `offload_optimizer` and `weights`
+    of `offload_param`, 0 where that does not lie on NVMe.
+
+    Args:
+        part: numbers in the rank's part of the optimiser, which steps over `sub_group` of them at a time.
+        width: bytes of a weight in the forward pass.
+        weight: numbers in a buffer of weights, `offload_param.buffer_size`.
+    """
+    return 4 * states * min(part, sub_group) + width * weights * weight
 
 
 def layer_activations(shape: Shape, width: int = 2) -> int:

@@ -37,8 +37,9 @@ class Machine:
 
     def holds(self, asked: Resources) -> int:
         """How many such actors find place on one of these."""
+        whole = 1 / int(1 / asked.gpus) if 0 < asked.gpus < 1 else asked.gpus  # a share is of one GPU
         offers = dict(self.resources) | {"GPU": float(self.number)}
-        wants = asked.resources | ({"GPU": asked.gpus} if asked.gpus else {})
+        wants = asked.resources | ({"GPU": whole} if whole else {})
         return int(min((offers.get(name, 0.0) / amount for name, amount in wants.items() if amount), default=0))
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray import serve
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.feeder import Feeder
 from actors.learner import LearnerRank
@@ -23,7 +25,7 @@ from actors.scorer import Scorer
 from actors.store import StoreActor, StoreClient
 from actors.weights import WeightHub, Weights
 from agent.prompt import system_prompt
-from cluster.config import Config, Resources, reward_terms, scores_calls
+from cluster.config import Config, Resources, reward_terms, scores_calls, shares_gpu, takes_turns
 from cluster.console import say
 from cluster.servers import RunFailed, actor_options, deploy, judges, learner_options, tool_specs
 from learners.checkpoint import CONVERT_S
@@ -136,6 +138,7 @@ class Pools:
         self._all: list[Any] = []
         self._shards: list[Any] = []
         self._stages: dict[str, list[Any]] = {}
+        self._gpus: Any = None  # that learner ranks and engines share
 
     def start(self, stages: Sequence[str] = STAGES) -> None:
         """Start the store, the servers and the workers of these stages; returns when all are up.
@@ -146,6 +149,8 @@ class Pools:
         from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
         self._start_services()
+        if shares_gpu(self.config) and ray.util.get_current_placement_group() is None:  # a trial has its own
+            self._gpus = ray.util.placement_group(gpus(self.config))
         makers = {"rollout": self._rollouts, "render": self._renderers, "score": self._scorers, "learn": self._learners}
         self._stages = {name: makers[name]() for name in STAGES if name in stages}
         actors = [(name, actor) for name, group in self._stages.items() for actor in group]
@@ -234,6 +239,9 @@ class Pools:
                 self.store.now(self.store.close())
         for shard in shards:
             ray.kill(shard)
+        if self._gpus is not None:
+            ray.util.remove_placement_group(self._gpus)
+            self._gpus = None
         owned, self._owned = self._owned, []
         for app in owned:
             serve.delete(app, _blocking=False)
@@ -279,7 +287,9 @@ class Pools:
         c = self.config
         sampling = {"max_tokens": c.rollout.max_tokens, "temperature": c.rollout.temperature, "top_p": c.rollout.top_p}
         return [
-            _actor(RolloutWorker, **actor_options(c.rollout, c.rollout.threads), max_restarts=-1).remote(
+            _actor(
+                RolloutWorker, **actor_options(c.rollout, c.rollout.threads), **self._on_gpu(i), max_restarts=-1
+            ).remote(
                 self.store,
                 self.hub,
                 model=self._model,
@@ -332,7 +342,7 @@ class Pools:
             "seed": self.config.seed,
             "weights": self.config.weights,
             "adapter": bool(sampler.engine.get("enable_lora")),
-            "turns": bool(sampler.engine.get("enable_sleep_mode")),
+            "turns": takes_turns(self.config),
             "retention": Retention(self.config.store.max_bytes, self.config.store.max_age_s),
         }
         recipe = c.model_dump(include=set(_RECIPE))
@@ -348,7 +358,7 @@ class Pools:
         # Without engines nothing can be written anew, so no group is too old.
         alone = {"max_staleness": c.steps + (1 << 20)} if self.config.train.only == "learn" else {}
         return [
-            _actor(LearnerRank, **learner_options(c, c.threads), max_concurrency=8).remote(
+            _actor(LearnerRank, **learner_options(c, c.threads), **self._on_gpu(rank), max_concurrency=8).remote(
                 rank,
                 c.ranks,
                 self.store,
@@ -362,6 +372,12 @@ class Pools:
             )
             for rank in range(c.ranks)
         ]
+
+    def _on_gpu(self, i: int) -> dict[str, Any]:
+        """Where learner rank i and engine i go: on the i-th GPU that they share, or wherever there is room."""
+        if self._gpus is None:
+            return {}
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._gpus, placement_group_bundle_index=i)}
 
     @property
     def pool(self) -> str:
@@ -397,6 +413,14 @@ class Pools:
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise RunFailed(f"{who} failed to start: {error.cause!r}") from error
+
+
+def gpus(config: Config) -> list[dict[str, float]]:
+    """What each GPU that a learner rank and an engine share has to come with: a bundle of a placement group."""
+    bundle: Counter[str] = Counter()
+    for asked in (config.learner, config.rollout):
+        bundle.update({"CPU": asked.cpus, **asked.resources})
+    return [{**{k: v for k, v in bundle.items() if v}, "GPU": 1.0} for _ in range(config.learner.ranks)]
 
 
 def _capacity(config: Config) -> Capacity:

@@ -96,6 +96,35 @@ def flush(folder: Path) -> None:
                 os.fsync(f.fileno())
 
 
+def on_disk(folder: Path) -> bool:
+    """Whether the optimiser of this checkpoint lay on NVMe (DeepSpeed's `offload_optimizer`)."""
+    return (folder / "offloaded_tensors").is_dir()
+
+
+def restore_swapped(optimizer: Any, file: str) -> None:
+    """What DeepSpeed leaves out when it loads an optimiser that lies on NVMe: the moments, and what is in memory.
+
+    It has put the swap files in place, and reads the weights alone from them.
+
+    Args:
+        optimizer: DeepSpeed's, of ZeRO-3.
+        file: this rank's optimiser states, in which swapped tensors are empty.
+    """
+    import torch
+
+    saved = torch.load(file, weights_only=False)["optimizer_state_dict"]
+    for i, weights in enumerate(optimizer.fp32_partitioned_groups_flat):
+        states = saved["optimizer_state_dict"]["state"][i]
+        if optimizer._swappable_optimizer_subgroup(i):  # the next swap fills what is as large as the weights
+            size = optimizer.fp16_partitioned_groups_flat_numel[i]
+            states = {n: t if t.numel() else torch.empty(size, dtype=t.dtype) for n, t in states.items()}
+        else:
+            weights.data.copy_(saved["fp32_flat_groups"][i])
+        optimizer.optimizer.state[weights] = states
+    optimizer.reset_swap_buffers()
+    optimizer.checkpoint_event_epilogue()
+
+
 def universal(folder: Path) -> Path:
     """The universal form of a checkpoint, which any number of ranks can load. Of those that ask for it, one makes it.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from learners.checkpoint import UNIVERSAL, State, flush, universal
+from learners.checkpoint import UNIVERSAL, State, flush, on_disk, restore_swapped, universal
 from learners.export import checkpoint_form, write_model
 from learners.lora import adapter_parts, add_adapter, parts, without_adapter, written_config
 from learners.objective import Options, make_objective, summary
@@ -366,18 +366,26 @@ class Learner:
 
         Raises:
             FileNotFoundError: there is no such checkpoint, or it is incomplete.
-            ValueError: it is of another model, or of a ZeRO stage that this learner's cannot read.
+            ValueError: it is of another model, or of a ZeRO stage or an offload that this learner cannot read.
             RuntimeError, TimeoutError: it could not be converted for this number of ranks.
         """
         home = Path(folder) / tag
         state = State.read(home)
         state.check(self._stage, self._shapes())
+        swapped = self._engine.zero_nvme_offload_optimizer()
+        if on_disk(home) != swapped or (swapped and state.ranks != self.world_size):
+            raise ValueError(
+                f"checkpoint '{home}' is of {state.ranks} ranks with `offload_optimizer` "
+                f"{'to NVMe' if on_disk(home) else 'not to NVMe'}; resume with the same (without NVMe, on any number)"
+            )
         if state.ranks != self.world_size:
             home = universal(home)
         self._engine._config.load_universal_checkpoint = home.name == UNIVERSAL
         path, _ = self._engine.load_checkpoint(str(home.parent), tag=home.name, load_module_strict=self._lora is None)
         if path is None:
             raise FileNotFoundError(f"checkpoint '{home}' is incomplete: DeepSpeed's files are missing")
+        if swapped:
+            restore_swapped(self._engine.optimizer, self._engine._get_zero_ckpt_name(str(home.parent), home.name))
         # From a universal one, DeepSpeed gives all pieces of ZeRO-3 the same step counter, and each would count it up.
         for held in self._engine.optimizer.optimizer.state.values():
             if torch.is_tensor(held.get("step")):

@@ -1,12 +1,13 @@
 """The config is validated whole, and says what is wrong in one line."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cluster.config import Config, ConfigError, load, scores_calls
+from cluster.config import Config, ConfigError, load, scores_calls, takes_turns
 
 LEARNER = "steps: 1, prompts_per_step: 4, samples_per_prompt: 2, lr: 1.0e-6"
 GOOD = f"""
@@ -146,8 +147,47 @@ def test_an_adapter_has_pefts_names_and_ranks_that_share_sequences_must_come_out
 
 def test_cuda_ipc_is_for_a_learner_and_an_engine_that_share_a_gpu(path: Path) -> None:
     assert load(path, ["weights=ipc", "learner.gpus=0.5", "rollout.gpus=0.5"]).weights == "ipc"
-    with pytest.raises(ConfigError, match=r"and rollout\.gpus may add up to 1 at most, not 2; .* nccl or host"):
+    with pytest.raises(ConfigError, match=r"weights: ipc needs .* rollout\.gpus may add up to 1 at most, not 2"):
         load(path, ["weights=ipc", "learner.gpus=1", "rollout.gpus=1"])
+
+
+ONE_GPU = ["learner.gpus=0.6", "rollout.gpus=0.4"]
+TURNS = ["rollout.engine.enable_sleep_mode=true", "learner.max_staleness=0"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [*TURNS, "learner.gpus=1", "rollout.gpus=1"],
+            r"rollout\.engine\.enable_sleep_mode needs learner and engine on",
+        ),
+        ([*TURNS, "learner.max_staleness=2"], r"have nothing to write meanwhile, so learner\.max_staleness must be 0"),
+        ([*ONE_GPU, "weights=nccl"], r"weights: nccl is for GPUs apart; on one, of which .* take 1, use ipc or host"),
+        ([*ONE_GPU, "rollout.workers=2"], r"so rollout\.workers must be at most learner\.ranks, 1"),
+    ],
+)
+def test_a_learner_and_an_engine_that_share_a_gpu_can_take_turns(
+    path: Path, overrides: list[str], message: str
+) -> None:
+    assert takes_turns(load(path, TURNS)), "without a GPU, for the tests"
+    assert takes_turns(load(path, [*ONE_GPU, *TURNS, "weights=ipc"]))
+    with pytest.raises(ConfigError, match=message):
+        load(path, overrides)
+
+
+@pytest.mark.parametrize("what", ["offload_optimizer", "offload_param"])
+def test_offload_to_nvme_needs_a_folder_and_weights_that_are_split(path: Path, what: str) -> None:
+    def of(stage: int, **options: str) -> list[str]:
+        return [
+            f"learner.zero_stage={stage}",
+            f"learner.deepspeed={json.dumps({'zero_optimization': {what: {'device': 'nvme'} | options}})}",
+        ]
+
+    load(path, of(3, nvme_path="/local/disk"))
+    for wrong in (of(3), of(2, nvme_path="/local/disk")):
+        with pytest.raises(ConfigError, match=rf"{what} to nvme needs nvme_path, .* and zero_stage 3"):
+            load(path, wrong)
 
 
 @pytest.mark.parametrize(

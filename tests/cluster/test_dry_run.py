@@ -10,8 +10,11 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.config import Config, Resources, load
+from cluster.config import Config, Resources, load, shares_gpu
 from cluster.dry_run import (
+    SUB_GROUP,
+    SWAP_BUFFERS,
+    SWAPPED_WEIGHT,
     Place,
     engine_lines,
     learner_lines,
@@ -19,6 +22,8 @@ from cluster.dry_run import (
     nodes_needed,
     place_of,
     rollout_memory,
+    shared_lines,
+    together,
     unplaced_lines,
 )
 from cluster.estimate import GIB, LearnerMemory
@@ -31,14 +36,21 @@ SHORT = ["learner.tokens_per_microbatch=64", "rollout.engine.max_model_len=64"]
 ON_GPUS = [p for p in EXAMPLES if p.stem.startswith("qwen")]
 
 
+#: A learner rank and an engine on a GPU.
+SHARED = ["learner.gpus=0.6", "rollout.gpus=0.4", "rollout.resources={}", "rollout.workers=4"]
+TURNS = ["rollout.engine.enable_sleep_mode=true", "learner.max_staleness=0"]
+
+
 def lines_of(config: Config) -> list[str]:
     """What is said of the memory of a config."""
     shape, types = shape_of(config.policy), node_types()
-    learner_at, engine_at = place_of(config.learner, types), place_of(config.rollout, types)
-    learner = learner_memory(config, shape, learner_at.kind)
+    learner_at = place_of(config.learner, types)
+    engine_at = learner_at if shares_gpu(config) else place_of(config.rollout, types)
+    learner, engine = learner_memory(config, shape, learner_at.kind), rollout_memory(config, shape, engine_at)
     return [
         *learner_lines(config, learner, learner_at, machine_for(config.learner, types)),
-        *engine_lines(config, shape, rollout_memory(config, shape, engine_at), engine_at),
+        *engine_lines(config, shape, engine, engine_at),
+        *shared_lines(config, learner, engine, learner_at),
     ]
 
 
@@ -116,11 +128,66 @@ def test_nodes_are_counted_by_what_each_holds() -> None:
             ["rollout.engine.kv_cache_memory_bytes=1073741824", "rollout.engine.max_model_len=4096"],
             "KV cache for 7,281 tokens",
         ),
+        (
+            "qwen3-4b",
+            SHARED,
+            "that needs 112.1 GiB and does not fit H100 (79.1 GiB): lower rollout.engine.gpu_memory_utilization to "
+            "0.48, or let them take turns: rollout.engine.enable_sleep_mode, with learner.max_staleness 0",
+        ),
+        (
+            "qwen3-4b",
+            [*SHARED, *TURNS],
+            "does not fit H100 (79.1 GiB): lower rollout.engine.gpu_memory_utilization to 0.79",
+        ),
+        (
+            "qwen3-4b",
+            [*SHARED, *TURNS, "rollout.engine.gpu_memory_utilization=0.79"],
+            "learner and engine on one GPU, by turns: that needs 78.5 GiB and fits H100 (79.1 GiB)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_with_what_to_do(example: str, overrides: list[str], said: str) -> None:
     lines = lines_of(load(f"examples/{example}.yaml", overrides))
     assert any(said in line for line in lines), lines
+
+
+def test_a_learner_rank_and_the_engine_on_its_gpu_are_placed_together() -> None:
+    config, types = load("examples/qwen3-4b.yaml", [*SHARED, "learner.ranks=16"]), node_types()
+    rows = together(config, placement(config))
+    assert rows[-1] == ("learner with an engine", 16, Resources(cpus=8, gpus=1, resources={"learner": 1}))
+    assert nodes_needed(rows, types)["learner"] == 2 and unplaced_lines(rows, types) == []
+    apart = load("examples/qwen3-4b.yaml", [*SHARED, "rollout.resources={rollout: 1}"])
+    (line,) = unplaced_lines(together(apart, placement(apart)), types)
+    assert line.startswith("learner with an engine asks for 1 GPUs and {'learner': 1.0, 'rollout': 1.0}, more than one")
+
+
+def test_a_share_of_a_gpu_is_not_cut_in_two() -> None:
+    machine = machine_for(Resources(resources={"learner": 1}), node_types())
+    assert machine is not None
+    found = [machine.holds(Resources(gpus=share, resources={"learner": 0.1})) for share in (0.3, 0.5, 0.6, 1.0, 2.0)]
+    assert found == [24, 16, 8, 8, 4]
+
+
+def test_what_lies_on_a_disk_goes_through_the_nodes_memory() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    optimizer, weights = DeepSpeedZeroOffloadOptimizerConfig(), DeepSpeedZeroOffloadParamConfig()
+    assert {"optimizer": optimizer.buffer_count, "param": weights.buffer_count} == SWAP_BUFFERS
+    assert (DeepSpeedZeroConfig().sub_group_size, weights.buffer_size) == (SUB_GROUP, SWAPPED_WEIGHT)
+
+    disk = "{device: nvme, nvme_path: /disk}"
+    offload = f"sub_group_size: 1000, offload_optimizer: {disk}, offload_param: {disk}"
+    zero = f"learner.deepspeed={{zero_optimization: {{{offload}}}}}"
+    config = load("examples/qwen3-4b.yaml", ["learner.zero_stage=3", zero])
+    shape = shape_of(config.policy)
+    states = learner_memory(config, shape, "gpu").states
+    assert states.disk == (16 + 2) * -(-shape.params // 8)
+    assert states.host == 4 * 4 * 1000 + 2 * 5 * 10**8
+    assert states.weights == states.optimizer == 0
 
 
 def test_more_offloaded_than_a_node_has_is_said() -> None:

@@ -24,19 +24,21 @@ SIZES = [(8, 16), (5, 15), (7, 12), (3, 14), (6, 9), (9, 6), (2, 10), (4, 5), (1
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 0.1 M parameters with a tied head."""
-    path = tmp_path_factory.mktemp("policy")
+    return llama(tmp_path_factory.mktemp("policy"))
+
+
+def llama(path: Path, **larger: int) -> Path:
+    """Such a model, or one that is larger in some way."""
     torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32} | larger
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=0.2,
+        **sizes,
     )
     LlamaForCausalLM(config).save_pretrained(path)
     return path

@@ -33,7 +33,7 @@ class Result(NamedTuple):
 
 
 def gradients_of_step(learner: Learner, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """A step: what the optimiser was given in it, and its metrics."""
+    """A step: what the optimiser was given in it, which DeepSpeed shows where it is in memory, and its metrics."""
     from deepspeed.utils import safe_get_full_grad
 
     seen: dict[str, Tensor] = {}
@@ -41,7 +41,8 @@ def gradients_of_step(learner: Learner, samples: Sequence[Sample]) -> tuple[dict
 
     def spy() -> None:
         trained = ((n, p) for n, p in learner.model.named_parameters() if p.requires_grad)
-        seen.update({n: safe_get_full_grad(p).clone() for n, p in trained})
+        if not learner._engine.zero_nvme_offload_optimizer():
+            seen.update({n: safe_get_full_grad(p).clone() for n, p in trained})
         apply()
 
     learner._engine.step = spy

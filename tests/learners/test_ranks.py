@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import Tensor
 from learners.engine import merged
 from learners.packing import Sample
 from learners.step import Recipe, StepPlan
+from tests.learners.conftest import llama
 from tests.learners.rank import Job, Result, launch, run
 
 STEPS = 3
@@ -75,7 +77,7 @@ RESUMED = {
 class Run(NamedTuple):
     """`results` of both ranks by the name of the job, and the folder with one checkpoint folder a job."""
 
-    results: dict[str, list[Result]]
+    results: dict[str, tuple[Result, ...]]
     checkpoints: Path
 
 
@@ -97,11 +99,16 @@ def two_ranks(model_dir: Path, samples: list[Sample], tmp_path_factory: pytest.T
         jobs[f"2 to 1: {name}"] = Job(o, samples, STEPS, save=path / f"2 to 1: {name}")
         jobs[f"1 to 2: {name}"] = Job(o, samples, 1, load=path / f"1 to 2: {name}")
         run(Job(o, samples, STEPS, save=path / f"1 to 2: {name}"))
+    return Run(dict(zip(jobs, zip(*ranks_of(path, *jobs.values()), strict=True), strict=True)), path)
+
+
+def ranks_of(path: Path, *jobs: Job) -> list[list[Result]]:
+    """What each of two ranks did in these jobs; their files are in `path`."""
+    path.mkdir(exist_ok=True)
     with ExitStack() as stack:
-        codes = [process.wait() for process in launch(path, list(jobs.values()), stack)]
+        codes = [process.wait() for process in launch(path, jobs, stack)]
     assert codes == [0, 0], [(path / f"{rank}.log").read_text() for rank in range(2)]
-    done = [[Result(*r) for r in torch.load(path / f"{rank}")] for rank in range(2)]
-    return Run({name: [done[0][i], done[1][i]] for i, name in enumerate(jobs)}, path)
+    return [[Result(*r) for r in torch.load(path / f"{rank}")] for rank in range(2)]
 
 
 def options(model_dir: Path, case: Case) -> dict[str, Any]:
@@ -154,6 +161,36 @@ def test_two_ranks_have_the_gradients_and_end_with_the_parameters_of_one(
     for rank in two_ranks.results[name]:
         # AdamW divides by the root of the second moment: where a gradient is nearly 0, its rounding is a whole step.
         assert_alike(rank, one, start, of_movement=1e-4 if "optimizer" in case.deepspeed else 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(1200)  # DeepSpeed compiles its disk access at first
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_ranks_with_optimiser_and_weights_on_a_disk_end_as_one_in_memory_does_and_go_on(
+    samples: list[Sample], tmp_path: Path, dtype: str
+) -> None:
+    model = llama(tmp_path / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=4, head_dim=128)
+    disk = {"device": "nvme", "nvme_path": str(tmp_path / "disk")}
+    pieces = {"sub_group_size": 1_200_000}  # the last of which is too small for the disk
+    on_disk = Case(3, "gspo", 12, {"zero_optimization": {"offload_optimizer": disk, "offload_param": disk} | pieces})
+    in_memory = on_disk._replace(deepspeed={"zero_optimization": pieces})
+    o, there = (options(model, case) | {"dtype": dtype, "timeout_s": 600.0} for case in (in_memory, on_disk))
+    saved, afresh = tmp_path / "saved", tmp_path / "in memory"
+    through = ranks_of(tmp_path / "through", Job(there, samples, STEPS, save=saved), Job(there, samples, STEPS + 1))
+    swapped = [p for p in saved.rglob("*.swp") if p.name.startswith("exp_avg_sq")]
+    assert len(swapped) >= 2 and all(p.stat().st_size > 1 << 20 for p in swapped)
+    shutil.rmtree(tmp_path / "disk")
+    resumed = ranks_of(tmp_path / "resumed", Job(there, samples, 1, load=saved))
+    one, start = run(Job(o, samples, STEPS, save=afresh)), load_file(model / "model.safetensors")
+    for (three, four), (last,) in zip(through, resumed, strict=True):
+        assert last.metrics[0]["loss"] == four.metrics[-1]["loss"]
+        assert all(torch.equal(last.weights[name], four.weights[name]) for name in start)
+        if dtype == "float32":  # the norm of the gradients is among the metrics
+            assert_alike(three._replace(gradients=one.gradients), one, start, of_movement=1e-3)
+    for job, where in ((Job(there, samples, 1, load=afresh), "not to"), (Job(o, samples, 1, load=saved), "to")):
+        with pytest.raises(ValueError, match=rf"with `offload_optimizer` {where} NVMe; resume with the same"):
+            run(job)
 
 
 @pytest.mark.integration
