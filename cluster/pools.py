@@ -149,8 +149,7 @@ class Pools:
         from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
         self._start_services()
-        if shares_gpu(self.config) and ray.util.get_current_placement_group() is None:  # a trial has its own
-            self._gpus = ray.util.placement_group(gpus(self.config))
+        self.share()
         makers = {"rollout": self._rollouts, "render": self._renderers, "score": self._scorers, "learn": self._learners}
         self._stages = {name: makers[name]() for name in STAGES if name in stages}
         actors = [(name, actor) for name, group in self._stages.items() for actor in group]
@@ -162,6 +161,11 @@ class Pools:
         self._get([w.ping.remote() for w in workers], "rollout, render and score workers")
         self._manager = FaultTolerantActorManager([a for _, a in actors], max_remote_requests_in_flight_per_actor=4)
         self._stage_of = dict(enumerate(name for name, _ in actors))
+
+    def share(self) -> None:
+        """Reserve the GPUs that learner ranks and engines share; a trial has its own."""
+        if shares_gpu(self.config) and ray.util.get_current_placement_group() is None:
+            self._gpus = ray.util.placement_group(gpus(self.config))
 
     def begin(self) -> None:
         """Let training start: the feeder accepts prompts, the learner learns."""
