@@ -29,6 +29,7 @@ test: lint fonts
 
 test-all: lint fonts
 	@command -v chromium >/dev/null || { $(call debian,chromium); }
+	@[ -e /usr/include/libaio.h ] || { $(call debian,libaio-dev g++); }
 	@echo "llmi: running all tests"
 	@$(PY) -m pytest
 

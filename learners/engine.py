@@ -71,7 +71,8 @@ class Learner:
             in bfloat16, which CPUs with such instructions do 1.4 times as fast.
 
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: no model, an option out of range, ranks that do not meet.
+        FileNotFoundError, ValueError, RuntimeError: no model, an option out of range, ranks that do not meet, no access
+            to NVMe.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Learner:
             },
             deepspeed or {},
         )
+        _check_disk_access(config["zero_optimization"])
         stage = self._stage = config["zero_optimization"]["stage"]
         # Stage 3 reduces after every backward pass: whole gradients of a model that is split would not fit a rank.
         self._reduce_once = config["managed_gradient_accumulation"] = stage < 3
@@ -440,6 +442,17 @@ def _initialize(policy: Policy, trained: list[Tensor], adamw: torch.optim.Optimi
     optimizer = None if "optimizer" in config else adamw
     engine, *_ = deepspeed.initialize(model=policy, model_parameters=trained, optimizer=optimizer, config=config)
     return engine
+
+
+def _check_disk_access(zero: Mapping[str, Any]) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    nvme = any(zero.get(f"offload_{what}", {}).get("device") == "nvme" for what in ("optimizer", "param"))
+    if nvme and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise RuntimeError(
+            "offload to NVMe goes through DeepSpeed's async_io, which it compiles at its first start: it needs g++ and "
+            "libaio-dev (by the Debian name) on every node with a learner rank"
+        )
 
 
 def _frozen(policy: Policy, config: Mapping[str, Any]) -> Any:

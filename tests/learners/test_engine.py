@@ -125,6 +125,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_reported(
     assert 0 < distance(weights(engine), before) < 1
 
 
+def test_a_node_that_cannot_read_its_disk_as_deepspeed_does_is_told_what_to_install(
+    learner: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    disk = {"device": "nvme", "nvme_path": str(tmp_path)}
+    with pytest.raises(RuntimeError, match=r"needs g\+\+ and libaio-dev \(by the Debian name\) on every node"):
+        learner(zero_stage=3, deepspeed={"zero_optimization": {"offload_optimizer": disk}})
+
+
 def test_the_learner_gives_up_after_so_many_skipped_steps_in_a_row(learner: Make, samples: list[Sample]) -> None:
     engine = learner()
     loss = engine._loss
