@@ -275,10 +275,6 @@ class Engine:
         self._asleep = True
         await self._answer(self._llm.sleep(level=1, mode="keep"))
 
-    async def asleep(self) -> bool:
-        """Whether nothing is sampled until an update."""
-        return await self._answer(self._llm.is_sleeping())
-
     async def watch(self) -> None:
         """Look for ever whether the engine's process answers between its steps. Raises EngineDied once it does not."""
         while True:

@@ -441,7 +441,7 @@ def _rows(store: StoreClient, purpose: str, count: int) -> list[dict[str, Any]]:
 
 
 async def _asleep(worker: Any) -> bool:
-    return await worker._engine.asleep()
+    return await worker._engine._llm.is_sleeping()
 
 
 def _calls(worker: Any) -> None:
