@@ -114,10 +114,11 @@ def restore_swapped(optimizer: Any, file: str) -> None:
 
     saved = torch.load(file, weights_only=False)["optimizer_state_dict"]
     for i, weights in enumerate(optimizer.fp32_partitioned_groups_flat):
-        states = saved["optimizer_state_dict"]["state"][i]
+        states = saved["optimizer_state_dict"]["state"].get(i, {})
         if optimizer._swappable_optimizer_subgroup(i):  # the next swap fills what is as large as the weights
             size = optimizer.fp16_partitioned_groups_flat_numel[i]
-            states = {n: t if t.numel() else torch.empty(size, dtype=t.dtype) for n, t in states.items()}
+            swapped = {n for n, t in states.items() if torch.is_tensor(t) and t.numel() == 0}
+            states = states | {n: torch.empty(size, dtype=states[n].dtype) for n in swapped}
         else:
             weights.data.copy_(saved["fp32_flat_groups"][i])
         optimizer.optimizer.state[weights] = states
