@@ -200,8 +200,8 @@ class Engine:
             WeightsRefused: the weights are not the model's.
             EngineDied: in the middle of it.
         """
+        await self._wake()
         if adapter:
-            await self._wake()
             await self._adopt(buckets, version, adapter)
             return 0.0
         content = [bucket.plain() for bucket in buckets]
@@ -293,9 +293,15 @@ class Engine:
         self._llm.shutdown()
 
     async def _wake(self) -> None:
-        if self._asleep:
+        if not self._asleep:
+            return
+        try:
             await self._answer(self._llm.wake_up())
-            self._asleep = False
+        except EngineDied:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"the engine cannot wake up beside the learner (see `--dry-run`): {error}") from error
+        self._asleep = False
 
     async def _generate(self, request: str, prompt_ids: list[int], params: Any, adapter: _Adapter | None) -> Any:
         async for output in self._outputs(request, prompt_ids, params, adapter):

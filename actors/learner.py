@@ -12,13 +12,14 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import ray
+from torch import Tensor
 
 from actors import metrics
 from actors.weights import ANSWER_S, SLEEP_S, Publisher, Sender
@@ -293,7 +294,11 @@ class LearnerRank:
     def _publish(self) -> None:
         """Engines that sleep wake up over it."""
         self._make_room()
-        self._sender.publish(self._version(), self._weights)
+        self._sender.publish(self._version(), self._stream)
+
+    def _stream(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._weights()
+        self._make_room()
 
     def _rest(self) -> None:
         """Let the engines sleep; no document is under way then, as `max_staleness` is 0."""
@@ -321,6 +326,7 @@ class LearnerRank:
         self._learner.export(f"{self._checkpoints.url}/{tag}/policy", fetched(self._model))
         self._meet()  # every rank's part is in place
         self._led(lambda: self._commit(tag))
+        self._make_room()
         self._rewards.clear()
 
     def _commit(self, tag: str) -> None:

@@ -76,7 +76,7 @@ class RolloutWorker(StageWorker):
         newest = await self._hub.newer.remote(None, FIRST_S)
         if newest is None:
             raise RuntimeError(f"{self._name} waited {FIRST_S:g} s for the first policy version")
-        weights = newest[1]
+        self._newest, weights = newest
         start = weights.version if not weights.buckets else -1  # older than all that are pulled
         self._engine = Engine(self._model, start, self._options, self._weights)
         await self._engine.start()
@@ -136,17 +136,22 @@ class RolloutWorker(StageWorker):
             if self._free <= 0:
                 await asyncio.sleep(0.02)
                 continue
+            await self._keep_up()
             claim = await self.claim(
                 "pending", limit=1, by_group=True, columns=COLUMNS, purpose=self._purpose, wait_s=5.0
             )
-            if claim is not None:
-                await self._keep_up()
+            if claim is not None and self._too_old():  # newer weights came with it
+                await self._store.release(claim.token)
+            elif claim is not None:
                 self._start(claim)
 
     async def _keep_up(self) -> None:
         """Wait for newer weights while whatever is begun with the present ones would be too old from the start."""
-        while staleness(self._newest, self._engine.version) > self._max_staleness:
+        while self._too_old():
             await asyncio.sleep(0.02)
+
+    def _too_old(self) -> bool:
+        return staleness(self._newest, self._engine.version) > self._max_staleness
 
     def _start(self, claim: Claim) -> None:
         rows = claim.rows.to_pylist()

@@ -26,7 +26,7 @@ from actors.buckets import Bucket, BucketGone, Pool, Reader, fill, held, locked
 COMMIT_S = 120.0  # the hub answers within it
 SHIP_S = 600.0  # a bucket is on another node within it
 ANSWER_S = 10.0  # an engine that is ready to be sent weights answers within it
-SLEEP_S = 1800.0  # an engine sleeps within it, even one that was starting
+SLEEP_S = 900.0  # an engine sleeps within it, even one that was starting
 _SHIPPED = 2  # buckets that stay in the object store, for engines that ask for the same one
 
 #: Makes a fresh pass over the named weights, in checkpoint form; under ZeRO-3 all ranks make it together.
@@ -160,11 +160,22 @@ async def _life(member: Member) -> str:
 
 async def _sleep(name: str, member: Member, version: int) -> None:
     try:
-        await asyncio.wait_for(member.worker.sleep.remote(member.life, version), SLEEP_S)
-    except ray.exceptions.RayActorError:
-        pass  # its engine ended with it, and the next one waits for its turn
+        async with asyncio.timeout(SLEEP_S):
+            while not await _asleep(member, version):
+                await asyncio.sleep(0.5)
     except TimeoutError:
         raise RuntimeError(f"the learner waited {SLEEP_S:g} s for the engine of {name} to fall asleep") from None
+
+
+async def _asleep(member: Member, version: int) -> bool:
+    """Whether it sleeps or is dead, with its engine; one that Ray cannot reach may be on its way to another life."""
+    try:
+        await member.worker.sleep.remote(member.life, version)
+    except ray.exceptions.ActorUnavailableError:
+        return False
+    except ray.exceptions.ActorDiedError:
+        pass
+    return True
 
 
 @ray.remote(num_cpus=0, max_retries=1)

@@ -412,9 +412,9 @@ def scores_calls(config: Config) -> bool:
 
 
 def shares_gpu(config: Config) -> bool:
-    """Whether an engine is on the GPU of a learner rank: what they ask for fits one."""
-    learner, engine = config.learner.gpus, config.rollout.gpus
-    return min(learner, engine) > 0 and learner + engine <= 1
+    """Whether each engine goes to the GPU of a learner rank."""
+    meant = config.weights == "ipc" or takes_turns(config)
+    return meant and config.learner.gpus > 0 and config.train.only is None
 
 
 def takes_turns(config: Config) -> bool:
@@ -449,18 +449,18 @@ def _sharing_error(config: Config) -> str:
         ("weights: ipc", config.weights == "ipc"),
         ("rollout.engine.enable_sleep_mode", takes_turns(config)),
     ):
-        if used and gpus > 1:
+        if used and (gpus > 1 or bool(c.gpus) != bool(config.rollout.gpus)):
             return (
-                f"{key} needs learner and engine on one GPU, so learner.gpus and rollout.gpus may add up to 1 at most, "
-                f"not {gpus:g}"
+                f"{key} needs learner and engine on one GPU, so learner.gpus and rollout.gpus are shares that add up "
+                f"to 1 at most, not {c.gpus:g} and {config.rollout.gpus:g}"
             )
     if takes_turns(config) and c.max_staleness:
         return (
             f"rollout.engine.enable_sleep_mode: engines that sleep while the learner works have nothing to write "
             f"meanwhile, so learner.max_staleness must be 0, not {c.max_staleness}"
         )
-    if shares_gpu(config) and config.weights == "nccl":
-        return f"weights: nccl is for GPUs apart; on one, of which learner and engine take {gpus:g}, use ipc or host"
+    if takes_turns(config) and config.weights == "nccl":
+        return "weights: nccl is for GPUs apart; where learner and engine take turns on one, use ipc or host"
     if shares_gpu(config) and config.rollout.workers > c.ranks:
         return (
             f"each engine shares the GPU of a learner rank, so rollout.workers must be at most learner.ranks, {c.ranks}"
@@ -519,10 +519,15 @@ def _deepspeed_error(config: Config) -> str:
         given = config.learner.deepspeed.get(section) if section else config.learner.deepspeed
         if isinstance(given, dict) and option in given:
             return f"learner.deepspeed: {key} is the learner's own; set {ours} instead"
-    for what in ("offload_optimizer", "offload_param"):
-        asked = config.learner.deepspeed.get("zero_optimization", {}).get(what, {})
+    zero = config.learner.deepspeed.get("zero_optimization") or {}
+    optimizer, weights = (zero.get(what) or {} for what in ("offload_optimizer", "offload_param"))
+    for what, asked in (("offload_optimizer", optimizer), ("offload_param", weights)):
         if asked.get("device") == "nvme" and not (config.learner.zero_stage == 3 and asked.get("nvme_path")):
             return f"learner.deepspeed: {what} to nvme needs nvme_path, a folder on the nodes' disks, and zero_stage 3"
+    if weights.get("device") == "nvme" and optimizer.get("device") != "nvme":
+        return (
+            "learner.deepspeed: DeepSpeed resumes weights on nvme (offload_param) only with offload_optimizer there too"
+        )
     return ""
 
 

@@ -41,7 +41,7 @@ WIDTHS = {"float32": 4, "float": 4, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 #: vLLM 0.32: `vllm/config/cache.py`, and `vllm/engine/arg_utils.py` for an engine inside a program.
 UTILIZATION, BATCHED_TOKENS, SEQUENCES = 0.92, 8192, 256
 #: DeepSpeed 0.19: `deepspeed/runtime/zero/config.py` and `offload_config.py`.
-SUB_GROUP, SWAP_BUFFERS, SWAPPED_WEIGHT = 10**9, {"optimizer": 4, "param": 5}, 10**8
+SUB_GROUP, SWAP_BUFFERS, SWAPPED_WEIGHT, MAX_IN_CPU = 10**9, {"optimizer": 4, "param": 5}, 10**8, 10**9
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def show(config: Config, console: Console | None = None) -> None:
     for line in [
         *learner_lines(config, learner, learner_at, machine_for(config.learner, types)),
         *engine_lines(config, shape, engine, engine_at),
-        *shared_lines(config, learner, engine, learner_at),
+        *shared_lines(config, learner, engine, learner_at, machine_for(config.learner, types)),
         *_cpu_lines(config, learner, engine),
     ]:
         console.print(line, soft_wrap=True)
@@ -128,7 +128,7 @@ def learner_memory(config: Config, shape: Shape, kind: str) -> LearnerMemory:
 
     c = config.learner
     trained = lora_params(shape, c.lora.r) if c.lora else None
-    zero: dict[str, Any] = {"stage": c.zero_stage} | dict(c.deepspeed.get("zero_optimization", {}))
+    zero: dict[str, Any] = {"stage": c.zero_stage} | dict(c.deepspeed.get("zero_optimization") or {})
     width = WIDTHS.get(c.dtype, 2)
     longest = config.rollout.engine.get("max_model_len", 0)
     tokens = longest if c.sequence_parallel > 1 else max(c.tokens_per_microbatch, longest)
@@ -141,6 +141,7 @@ def learner_memory(config: Config, shape: Shape, kind: str) -> LearnerMemory:
         trained=trained,
         optimizer_on=_device(zero, "optimizer"),
         weights_on=_device(zero, "param"),
+        max_in_cpu=int((zero.get("offload_param") or {}).get("max_in_cpu", MAX_IN_CPU)),
     )
     through = _swap_buffers(zero, -(-(trained or shape.params) // c.ranks), width)
     return LearnerMemory(
@@ -163,7 +164,7 @@ def learner_memory(config: Config, shape: Shape, kind: str) -> LearnerMemory:
 
 
 def _device(zero: Mapping[str, Any], what: str) -> str:
-    device = zero.get(f"offload_{what}", {}).get("device", "none")
+    device = (zero.get(f"offload_{what}") or {}).get("device", "none")
     return "gpu" if device == "none" else str(device)
 
 
@@ -173,7 +174,7 @@ def _swap_buffers(zero: Mapping[str, Any], part: int, width: int) -> int:
         what: int(zero[f"offload_{what}"].get("buffer_count", n)) if _device(zero, what) == "nvme" else 0
         for what, n in SWAP_BUFFERS.items()
     }
-    weight = int(zero.get("offload_param", {}).get("buffer_size", SWAPPED_WEIGHT))
+    weight = int((zero.get("offload_param") or {}).get("buffer_size", SWAPPED_WEIGHT))
     return swap_buffers(
         part, width, int(zero.get("sub_group_size", SUB_GROUP)), count["optimizer"], count["param"], weight
     )
@@ -258,7 +259,9 @@ def engine_lines(config: Config, shape: Shape, memory: EngineMemory | None, plac
         )
 
 
-def shared_lines(config: Config, learner: LearnerMemory, engine: EngineMemory | None, place: Place) -> Iterator[str]:
+def shared_lines(
+    config: Config, learner: LearnerMemory, engine: EngineMemory | None, place: Place, machine: Machine | None = None
+) -> Iterator[str]:
     """Whether learner and engine fit one GPU together, or by turns: asleep, an engine keeps its libraries alone."""
     if not shares_gpu(config) or engine is None or place.gib is None:
         return
@@ -275,6 +278,12 @@ def shared_lines(config: Config, learner: LearnerMemory, engine: EngineMemory | 
     if not turns:
         ways.append("let them take turns: rollout.engine.enable_sleep_mode, with learner.max_staleness 0")
     yield line + _fits(need, place) + ("" if _fit(need, place) else f": {', or '.join(ways)}".rstrip(": "))
+    if turns and machine and machine.memory_gib:
+        [(_, _, asked)] = [row for row in together(config, placement(config)) if row[0] == BUNDLE]
+        pairs = min(config.learner.ranks, machine.holds(asked))
+        host = pairs * (learner.states.host + engine.weights) / GIB
+        if host > 0.8 * machine.memory_gib:
+            yield f"learner ranks and sleeping engines put {host:.0f} GiB into a node that has {machine.memory_gib:.0f}"
 
 
 def _engine_least(config: Config, shape: Shape) -> int:

@@ -44,13 +44,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of a rank's model states. `step` is what the optimiser step needs while no gradient is being made; `host`
-    and `disk` are what is offloaded."""
+    """Bytes of a rank's model states. `step` is what the optimiser step needs while no gradient is being made, `held`
+    what ZeRO-3 never gives back of the gradients'; `host` and `disk` are what is offloaded."""
 
     weights: int
     gradients: int
     optimizer: int
     step: int
+    held: int
     host: int
     disk: int
 
@@ -69,11 +70,12 @@ class LearnerMemory:
     @property
     def kept(self) -> int:
         """While nothing is learnt."""
-        return self.states.weights + self.states.optimizer + self.reference + self.buffers + self.context
+        s = self.states
+        return s.weights + s.optimizer + s.held + self.reference + self.buffers + self.context
 
     @property
     def total(self) -> int:
-        passes = self.states.gradients + self.activations + self.logprobs
+        passes = self.states.gradients - self.states.held + self.activations + self.logprobs
         return self.kept + max(passes, self.states.step)
 
 
@@ -106,6 +108,7 @@ def model_states(
     trained: int | None = None,
     optimizer_on: str = "gpu",
     weights_on: str = "gpu",
+    max_in_cpu: int = 0,
 ) -> States:
     """Weights, gradients and Adam's states under ZeRO (arXiv 1910.02054, section 5 and figure 1), K = 12.
 
@@ -117,21 +120,26 @@ def model_states(
         width: bytes of a number in the forward pass.
         trained: how many of the weights have a gradient, those of an adapter for instance; None for all.
         optimizer_on, weights_on: gpu, cpu or nvme (DeepSpeed's offload; weights with stage 3 only).
+        max_in_cpu: of the rank's weights, so many stay in the node's memory before others go to NVMe.
     """
     trained = params if trained is None else trained
     split, part = stage == 3, -(-trained // ranks)
     weights = width * (-(-params // ranks) if split else params)
     gradients = width * (part if split else trained)
     adam, step = 12 * part, (width + 4) * part
+    held = gradients if split else 0
     away = {"cpu": 0, "nvme": 0}
     if optimizer_on != "gpu":
         away[optimizer_on] += 16 * part
+        away["cpu"] += held if optimizer_on == "nvme" else 0
         gradients = 0 if split else gradients
-        adam = step = 0
+        adam = step = held = 0
     if weights_on != "gpu":
-        away[weights_on] += weights
+        stay = min(weights, width * max_in_cpu) if weights_on == "nvme" else weights
+        away["cpu"] += stay
+        away["nvme"] += weights - stay
         weights = 0
-    return States(weights, gradients, adam, step, away["cpu"], away["nvme"])
+    return States(weights, gradients, adam, step, held, away["cpu"], away["nvme"])
 
 
 def swap_buffers(part: int, width: int, sub_group: int, states: int, weights: int, weight: int) -> int:

@@ -141,7 +141,7 @@ class Learner:
             },
             deepspeed or {},
         )
-        _check_disk_access(config["zero_optimization"])
+        config = _through_disk(config)
         stage = self._stage = config["zero_optimization"]["stage"]
         # Stage 3 reduces after every backward pass: whole gradients of a model that is split would not fit a rank.
         self._reduce_once = config["managed_gradient_accumulation"] = stage < 3
@@ -160,8 +160,9 @@ class Learner:
             self._engine = _initialize(Policy(self.model, temperature, self._sequence), trained, adamw, config)
             self._reference: Any = None
             if reference is not None and self._lora is None:
-                frozen = load_model(reference, _DTYPES[dtype], config if stage == 3 else None).requires_grad_(False)
-                self._reference = _frozen(Policy(frozen, temperature, self._sequence), config)
+                beside = _beside(config)
+                frozen = load_model(reference, _DTYPES[dtype], beside if stage == 3 else None).requires_grad_(False)
+                self._reference = _frozen(Policy(frozen, temperature, self._sequence), beside)
             elif reference is not None:
                 self._reference = self._engine
         except BaseException:
@@ -444,15 +445,30 @@ def _initialize(policy: Policy, trained: list[Tensor], adamw: torch.optim.Optimi
     return engine
 
 
-def _check_disk_access(zero: Mapping[str, Any]) -> None:
+def _through_disk(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, if DeepSpeed can read and write this node's NVMe where it asks for that.
+
+    DeepSpeed 0.19 asks twice for a weight's buffer when it fetches weights from NVMe ahead of time: that is off.
+
+    Raises:
+        RuntimeError: it cannot.
+    """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    nvme = any(zero.get(f"offload_{what}", {}).get("device") == "nvme" for what in ("optimizer", "param"))
-    if nvme and not AsyncIOBuilder().is_compatible(verbose=False):
+    zero = config["zero_optimization"]
+    optimizer, weights = ((zero.get(f"offload_{what}") or {}).get("device") for what in ("optimizer", "param"))
+    if "nvme" in (optimizer, weights) and not AsyncIOBuilder().is_compatible(verbose=False):
         raise RuntimeError(
             "offload to NVMe goes through DeepSpeed's async_io, which it compiles at its first start: it needs g++ and "
             "libaio-dev (by the Debian name) on every node with a learner rank"
         )
+    return merged({"zero_optimization": {"stage3_prefetch_bucket_size": 0}}, config) if weights == "nvme" else config
+
+
+def _beside(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for another model, whose weights need a folder of their own on NVMe."""
+    disk = (config["zero_optimization"].get("offload_param") or {}).get("nvme_path")
+    return merged(config, {"zero_optimization": {"offload_param": {"nvme_path": f"{disk}/reference"}}} if disk else {})
 
 
 def _frozen(policy: Policy, config: Mapping[str, Any]) -> Any:

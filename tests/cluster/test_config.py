@@ -1,6 +1,5 @@
 """The config is validated whole, and says what is wrong in one line."""
 
-import json
 import re
 from pathlib import Path
 
@@ -147,7 +146,9 @@ def test_an_adapter_has_pefts_names_and_ranks_that_share_sequences_must_come_out
 
 def test_cuda_ipc_is_for_a_learner_and_an_engine_that_share_a_gpu(path: Path) -> None:
     assert load(path, ["weights=ipc", "learner.gpus=0.5", "rollout.gpus=0.5"]).weights == "ipc"
-    with pytest.raises(ConfigError, match=r"weights: ipc needs .* rollout\.gpus may add up to 1 at most, not 2"):
+    with pytest.raises(
+        ConfigError, match=r"weights: ipc needs .* rollout\.gpus are shares that .* 1 at most, not 1 and 1"
+    ):
         load(path, ["weights=ipc", "learner.gpus=1", "rollout.gpus=1"])
 
 
@@ -163,8 +164,12 @@ TURNS = ["rollout.engine.enable_sleep_mode=true", "learner.max_staleness=0"]
             r"rollout\.engine\.enable_sleep_mode needs learner and engine on",
         ),
         ([*TURNS, "learner.max_staleness=2"], r"have nothing to write meanwhile, so learner\.max_staleness must be 0"),
-        ([*ONE_GPU, "weights=nccl"], r"weights: nccl is for GPUs apart; on one, of which .* take 1, use ipc or host"),
-        ([*ONE_GPU, "rollout.workers=2"], r"so rollout\.workers must be at most learner\.ranks, 1"),
+        ([*TURNS, "learner.gpus=1"], r"enable_sleep_mode needs .* are shares that add up to 1 at most, not 1 and 0"),
+        (
+            [*ONE_GPU, *TURNS, "weights=nccl"],
+            r"weights: nccl is for GPUs apart; where .* take turns on one, use ipc or",
+        ),
+        ([*ONE_GPU, *TURNS, "rollout.workers=2"], r"so rollout\.workers must be at most learner\.ranks, 1"),
     ],
 )
 def test_a_learner_and_an_engine_that_share_a_gpu_can_take_turns(
@@ -172,22 +177,41 @@ def test_a_learner_and_an_engine_that_share_a_gpu_can_take_turns(
 ) -> None:
     assert takes_turns(load(path, TURNS)), "without a GPU, for the tests"
     assert takes_turns(load(path, [*ONE_GPU, *TURNS, "weights=ipc"]))
+    load(path, ["learner.gpus=0.5", "rollout.gpus=0.25", "rollout.workers=2"])  # which Ray may place anywhere
     with pytest.raises(ConfigError, match=message):
         load(path, overrides)
 
 
-@pytest.mark.parametrize("what", ["offload_optimizer", "offload_param"])
-def test_offload_to_nvme_needs_a_folder_and_weights_that_are_split(path: Path, what: str) -> None:
-    def of(stage: int, **options: str) -> list[str]:
-        return [
-            f"learner.zero_stage={stage}",
-            f"learner.deepspeed={json.dumps({'zero_optimization': {what: {'device': 'nvme'} | options}})}",
-        ]
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "weights", "message"),
+    [
+        (3, "{device: nvme}", "null", r"offload_optimizer to nvme needs nvme_path, .* and zero_stage 3"),
+        (
+            2,
+            "{device: nvme, nvme_path: /disk}",
+            "null",
+            r"offload_optimizer to nvme needs nvme_path, .* and zero_stage 3",
+        ),
+        (3, "{device: nvme, nvme_path: /disk}", "{device: nvme}", r"offload_param to nvme needs nvme_path"),
+        (
+            3,
+            "{device: cpu}",
+            "{device: nvme, nvme_path: /disk}",
+            r"resumes weights on nvme .* only with offload_optimizer",
+        ),
+    ],
+)
+def test_what_deepspeed_cannot_offload_to_nvme_is_refused(
+    path: Path, stage: int, optimizer: str, weights: str, message: str
+) -> None:
+    def of(stage: int, optimizer: str, weights: str) -> Config:
+        zero = f"{{offload_optimizer: {optimizer}, offload_param: {weights}}}"
+        return load(path, [f"learner.zero_stage={stage}", f"learner.deepspeed={{zero_optimization: {zero}}}"])
 
-    load(path, of(3, nvme_path="/local/disk"))
-    for wrong in (of(3), of(2, nvme_path="/local/disk")):
-        with pytest.raises(ConfigError, match=rf"{what} to nvme needs nvme_path, .* and zero_stage 3"):
-            load(path, wrong)
+    disk = "{device: nvme, nvme_path: /disk}"
+    assert of(3, disk, disk) and of(3, disk, "null") and of(2, "null", "null")
+    with pytest.raises(ConfigError, match=message):
+        of(stage, optimizer, weights)
 
 
 @pytest.mark.parametrize(

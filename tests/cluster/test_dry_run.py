@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from cluster.config import Config, Resources, load, shares_gpu
 from cluster.dry_run import (
+    MAX_IN_CPU,
     SUB_GROUP,
     SWAP_BUFFERS,
     SWAPPED_WEIGHT,
@@ -130,7 +131,7 @@ def test_nodes_are_counted_by_what_each_holds() -> None:
         ),
         (
             "qwen3-4b",
-            SHARED,
+            [*SHARED, "weights=ipc"],
             "that needs 112.1 GiB and does not fit H100 (79.1 GiB): lower rollout.engine.gpu_memory_utilization to "
             "0.48, or let them take turns: rollout.engine.enable_sleep_mode, with learner.max_staleness 0",
         ),
@@ -152,11 +153,11 @@ def test_what_does_not_fit_is_said_with_what_to_do(example: str, overrides: list
 
 
 def test_a_learner_rank_and_the_engine_on_its_gpu_are_placed_together() -> None:
-    config, types = load("examples/qwen3-4b.yaml", [*SHARED, "learner.ranks=16"]), node_types()
+    config, types = load("examples/qwen3-4b.yaml", [*SHARED, *TURNS, "learner.ranks=16"]), node_types()
     rows = together(config, placement(config))
     assert rows[-1] == ("learner with an engine", 16, Resources(cpus=8, gpus=1, resources={"learner": 1}))
     assert nodes_needed(rows, types)["learner"] == 2 and unplaced_lines(rows, types) == []
-    apart = load("examples/qwen3-4b.yaml", [*SHARED, "rollout.resources={rollout: 1}"])
+    apart = load("examples/qwen3-4b.yaml", [*SHARED, *TURNS, "rollout.resources={rollout: 1}"])
     (line,) = unplaced_lines(together(apart, placement(apart)), types)
     assert line.startswith("learner with an engine asks for 1 GPUs and {'learner': 1.0, 'rollout': 1.0}, more than one")
 
@@ -178,16 +179,19 @@ def test_what_lies_on_a_disk_goes_through_the_nodes_memory() -> None:
     optimizer, weights = DeepSpeedZeroOffloadOptimizerConfig(), DeepSpeedZeroOffloadParamConfig()
     assert {"optimizer": optimizer.buffer_count, "param": weights.buffer_count} == SWAP_BUFFERS
     assert (DeepSpeedZeroConfig().sub_group_size, weights.buffer_size) == (SUB_GROUP, SWAPPED_WEIGHT)
+    assert weights.max_in_cpu == MAX_IN_CPU
 
     disk = "{device: nvme, nvme_path: /disk}"
-    offload = f"sub_group_size: 1000, offload_optimizer: {disk}, offload_param: {disk}"
+    weights_on = "{device: nvme, nvme_path: /disk, max_in_cpu: 1000}"
+    offload = f"sub_group_size: 1000, offload_optimizer: {disk}, offload_param: {weights_on}"
     zero = f"learner.deepspeed={{zero_optimization: {{{offload}}}}}"
     config = load("examples/qwen3-4b.yaml", ["learner.zero_stage=3", zero])
     shape = shape_of(config.policy)
     states = learner_memory(config, shape, "gpu").states
-    assert states.disk == (16 + 2) * -(-shape.params // 8)
-    assert states.host == 4 * 4 * 1000 + 2 * 5 * 10**8
-    assert states.weights == states.optimizer == 0
+    part = -(-shape.params // 8)
+    assert states.disk == (16 + 2) * part - 2 * 1000
+    assert states.host == 2 * part + 2 * 1000 + 4 * 4 * 1000 + 2 * 5 * 10**8, "gradients, and what it goes through"
+    assert states.weights == states.optimizer == states.held == 0
 
 
 def test_more_offloaded_than_a_node_has_is_said() -> None:

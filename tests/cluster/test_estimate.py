@@ -126,8 +126,9 @@ def test_what_is_offloaded_lands_where_deepspeed_says(weights_on: str, on_host: 
     assert s.host * 8 == estimated == on_host * 10**9
     assert (s.optimizer, s.step, s.gradients) == (0, 0, 0)
     assert s.weights == (0 if weights_on == "cpu" else 10**9 // 4)
-    on_disk = model_states(10**9, 8, 3, optimizer_on="nvme", weights_on=weights_on)
-    assert (on_disk.host + on_disk.disk, on_disk.disk) == (s.host, 2 * 10**9)
+    assert model_states(10**9, 8, 3).held == 10**9 // 4 and model_states(10**9, 8, 2).held == 0
+    on_disk = model_states(10**9, 8, 3, optimizer_on="nvme", weights_on="nvme", max_in_cpu=10**8)
+    assert on_disk.disk == 2 * 10**9 + 2 * 25 * 10**6 and on_disk.host == 2 * 10**9 // 8 + 2 * 10**8
 
 
 def test_an_adapter_has_the_gradients_and_the_optimizer_of_its_own_numbers_alone() -> None:

@@ -39,7 +39,7 @@ class Where:
 
 
 def test_each_engine_is_on_the_gpu_of_a_learner_rank(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares = ["learner.gpus=0.5", "rollout.gpus=0.3", "learner.ranks=2", "rollout.workers=2", "learner.cpus=1"]
+    shares = ["learner.gpus=0.5", "rollout.gpus=0.3", "learner.ranks=2", "rollout.workers=2", "weights=ipc"]
     pools = Pools(load("examples/tiny.yaml", shares), "model", 0, None)
     pools.store = pools.hub = None  # type: ignore[assignment]
     for actor in ("LearnerRank", "RolloutWorker"):

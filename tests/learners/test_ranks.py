@@ -170,16 +170,23 @@ def test_two_ranks_have_the_gradients_and_end_with_the_parameters_of_one(
 def test_two_ranks_with_optimiser_and_weights_on_a_disk_end_as_one_in_memory_does_and_go_on(
     samples: list[Sample], tmp_path: Path, dtype: str
 ) -> None:
-    model = llama(tmp_path / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=4, head_dim=128)
+    model = llama(tmp_path / "model", hidden_size=256, intermediate_size=4096, num_hidden_layers=2, head_dim=128)
     disk = {"device": "nvme", "nvme_path": str(tmp_path / "disk")}
     pieces = {"sub_group_size": 1_200_000}  # the last of which is too small for the disk
-    on_disk = Case(3, "gspo", 12, {"zero_optimization": {"offload_optimizer": disk, "offload_param": disk} | pieces})
+    all_of_it = disk | {"max_in_cpu": 0, "buffer_count": 16, "buffer_size": 4_000_000}
+    on_disk = Case(
+        3, "gspo", 12, {"zero_optimization": {"offload_optimizer": disk, "offload_param": all_of_it} | pieces}
+    )
     in_memory = on_disk._replace(deepspeed={"zero_optimization": pieces})
     o, there = (options(model, case) | {"dtype": dtype, "timeout_s": 600.0} for case in (in_memory, on_disk))
+    there["reference"] = model  # whose weights lie there too
     saved, afresh = tmp_path / "saved", tmp_path / "in memory"
     through = ranks_of(tmp_path / "through", Job(there, samples, STEPS, save=saved), Job(there, samples, STEPS + 1))
     swapped = [p for p in saved.rglob("*.swp") if p.name.startswith("exp_avg_sq")]
-    assert len(swapped) >= 2 and all(p.stat().st_size > 1 << 20 for p in swapped)
+    for home in (tmp_path / "disk", tmp_path / "disk" / "reference"):
+        swapped += [*(home / "zero_stage_3" / f"{dtype}params").rglob("*.swp")]
+        assert swapped and all(p.stat().st_size >= 1 << 20 for p in swapped), "smaller ones stay in memory"
+        assert len({p.parent.name for p in swapped}) >= 2, "of both ranks"
     shutil.rmtree(tmp_path / "disk")
     resumed = ranks_of(tmp_path / "resumed", Job(there, samples, 1, load=saved))
     one, start = run(Job(o, samples, STEPS, save=afresh)), load_file(model / "model.safetensors")
