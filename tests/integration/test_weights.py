@@ -355,6 +355,16 @@ def test_an_engine_that_hangs_while_nothing_is_updated_is_replaced(bench: Bench)
     assert len(_rows(bench.store, "hung", 8)) == 8
 
 
+def test_an_engine_that_misses_newer_weights_leaves_the_prompts_to_the_others(bench: Bench) -> None:
+    [newest] = {v for v, _ in ray.get([w.weights.remote() for w in bench.workers], timeout=60)}
+    ray.get(bench.workers[0].apply.remote(_told, newest + 1), timeout=60)  # in the middle of a claim, most likely
+    for i in range(4):
+        rows, _ = group_rows(Prompt(f"missed-{i}", "what is a dog?"), "missed", i, 2, 0)
+        bench.store.now(bench.store.put("pending", rows))
+    assert {row["worker"] for row in _rows(bench.store, "missed", 8)} == {"rollout-1"}
+    ray.get(bench.workers[0].apply.remote(_told, newest), timeout=60)
+
+
 def test_a_prompt_that_the_engine_cannot_take_is_dropped_and_its_worker_goes_on(bench: Bench) -> None:
     for name, question in (("long", "what is a cat? " * 200), ("after", "what is a cat?")):
         rows, _ = group_rows(Prompt(name, question), name, 0, 4, 0)
@@ -383,8 +393,13 @@ async def _score(worker: Any, ids: list[int]) -> list[float]:
 def _engine(worker: Any) -> tuple[int, psutil.Process]:
     """A worker's process, and its engine's."""
     pid = ray.get(worker.apply.remote(_pid), timeout=60)
-    [engine] = [p for p in psutil.Process(pid).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
-    return pid, engine
+    deadline = time.monotonic() + 10
+    while True:
+        found = psutil.Process(pid).children(recursive=True)
+        if engines := [p for p in found if "EngineCore" in " ".join(p.cmdline())]:
+            return pid, engines[0]
+        assert time.monotonic() < deadline, f"no engine among the processes of {pid}: {[p.cmdline() for p in found]}"
+        time.sleep(0.2)
 
 
 def _impatient(worker: Any) -> None:
@@ -431,13 +446,17 @@ def _rows(store: StoreClient, purpose: str, count: int) -> list[dict[str, Any]]:
     claims: list[pa.Table] = []
     deadline = time.monotonic() + 120
     while sum(c.num_rows for c in claims) < count:
-        columns = ["prompt_ids", "token_ids", "logprobs", "versions"]
+        columns = ["prompt_ids", "token_ids", "logprobs", "versions", "worker"]
         claim = store.now(
             store.claim("generated", limit=count, lease_s=300.0, columns=columns, purpose=purpose, wait_s=5.0)
         )
         claims += [claim.rows] if claim else []
         assert time.monotonic() < deadline, f"{sum(c.num_rows for c in claims)} of {count} documents"
     return [row for c in claims for row in c.to_pylist()]
+
+
+def _told(worker: Any, version: int) -> None:
+    worker._newest = version
 
 
 async def _asleep(worker: Any) -> bool:
