@@ -151,6 +151,7 @@ def test_requests_end_with_the_adapter_they_began_with_and_new_ones_use_the_new_
     snapshots = {}
     with closing(bench.learner):
         for version in (1, 2):
+            ray.get(bench.hub.rest.remote(), timeout=60)  # an adapter wakes the engine, too
             for _ in range(3):
                 bench.learn()
             assert bench.publish() == version
