@@ -133,10 +133,9 @@ class RolloutWorker(StageWorker):
 
     async def _claim(self) -> None:
         while True:
-            if self._free <= 0:
+            if self._free <= 0 or self._too_old():
                 await asyncio.sleep(0.02)
                 continue
-            await self._keep_up()
             claim = await self.claim(
                 "pending", limit=1, by_group=True, columns=COLUMNS, purpose=self._purpose, wait_s=5.0
             )
@@ -145,12 +144,8 @@ class RolloutWorker(StageWorker):
             elif claim is not None:
                 self._start(claim)
 
-    async def _keep_up(self) -> None:
-        """Wait for newer weights while whatever is begun with the present ones would be too old from the start."""
-        while self._too_old():
-            await asyncio.sleep(0.02)
-
     def _too_old(self) -> bool:
+        """Whether what is begun with the present weights would be too old from the start."""
         return staleness(self._newest, self._engine.version) > self._max_staleness
 
     def _start(self, claim: Claim) -> None:
