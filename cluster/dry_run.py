@@ -31,10 +31,9 @@ from cluster.estimate import (
 )
 from cluster.node_types import ACCELERATORS, CLUSTER, Machine, machine_for, node_types, this_accelerator, unplaced
 from cluster.policy_shape import NoShape, shape_of
-from cluster.pools import gpus, placement
+from cluster.pools import placement, shared
 
 Row = tuple[str, int, Resources]
-BUNDLE = "learner with an engine"
 
 #: Bytes of a number, by the names that vLLM, DeepSpeed and this config give to formats; others are of 2 bytes.
 WIDTHS = {"float32": 4, "float": 4, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
@@ -58,7 +57,7 @@ def show(config: Config, console: Console | None = None) -> None:
     console = console or Console()
     print(config.dump())
     rows, types = placement(config), node_types()
-    console.print(_placement_table(rows, together(config, rows), types))
+    console.print(_placement_table(config, rows, types))
     for line in unplaced_lines(together(config, rows), types):
         console.print(line, soft_wrap=True)
     try:
@@ -85,9 +84,7 @@ def together(config: Config, rows: Sequence[Row]) -> list[Row]:
     if not shares_gpu(config):
         return list(rows)
     apart = [row for row in rows if row[0] not in ("learner", "rollout")]
-    bundle = dict(gpus(config)[0])
-    asked = Resources(cpus=bundle.pop("CPU", 0.0), gpus=bundle.pop("GPU"), resources=bundle)
-    return [*apart, (BUNDLE, config.learner.ranks, asked)]
+    return [*apart, ("learner with an engine", config.learner.ranks, shared(config))]
 
 
 def unplaced_lines(rows: Sequence[Row], types: list[Machine]) -> list[str]:
@@ -279,8 +276,7 @@ def shared_lines(
         ways.append("let them take turns: rollout.engine.enable_sleep_mode, with learner.max_staleness 0")
     yield line + _fits(need, place) + ("" if _fit(need, place) else f": {', or '.join(ways)}".rstrip(": "))
     if turns and machine and machine.memory_gib:
-        [(_, _, asked)] = [row for row in together(config, placement(config)) if row[0] == BUNDLE]
-        pairs = min(config.learner.ranks, machine.holds(asked))
+        pairs = min(config.learner.ranks, machine.holds(shared(config)))
         host = pairs * (learner.states.host + engine.weights) / GIB
         if host > 0.8 * machine.memory_gib:
             yield f"learner ranks and sleeping engines put {host:.0f} GiB into a node that has {machine.memory_gib:.0f}"
@@ -319,16 +315,15 @@ def _smallest(need: int) -> str:
     return f"{fitting[0]} ({ACCELERATORS[fitting[0]]:.1f} GiB) or larger" if fitting else "no accelerator known here"
 
 
-def _placement_table(rows: Sequence[Row], as_placed: Sequence[Row], types: list[Machine]) -> Table:
+def _placement_table(config: Config, rows: Sequence[Row], types: list[Machine]) -> Table:
     table = Table("actor", "number", "CPU each", "GPU each", "other", "node type", title="placement")
-    bundle = next((r for name, _, r in as_placed if name == BUNDLE), None)
     for name, n, r in rows:
         other = ", ".join(f"{k}: {v:g}" for k, v in r.resources.items())
-        place = bundle if bundle and name in ("learner", "rollout") else r
+        place = shared(config) if name in ("learner", "rollout") and shares_gpu(config) else r
         table.add_row(name, str(n), f"{r.cpus:g}", f"{r.gpus:g}", other, _node(place, types))
     table.add_section()
     sums = (f"{sum(n * getattr(r, k) for _, n, r in rows):g}" for k in ("cpus", "gpus"))
-    nodes = ", ".join(f"{n} {name}" for name, n in nodes_needed(as_placed, types).items())
+    nodes = ", ".join(f"{n} {name}" for name, n in nodes_needed(together(config, rows), types).items())
     table.add_row("all", str(sum(n for _, n, _ in rows)), *sums, "", nodes)
     return table
 

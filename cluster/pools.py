@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -165,7 +164,9 @@ class Pools:
     def share(self) -> None:
         """Reserve the GPUs that learner ranks and engines share; a trial has its own."""
         if shares_gpu(self.config) and ray.util.get_current_placement_group() is None:
-            self._gpus = ray.util.placement_group(gpus(self.config))
+            both = shared(self.config)
+            bundle = {k: v for k, v in {"CPU": both.cpus, "GPU": both.gpus, **both.resources}.items() if v}
+            self._gpus = ray.util.placement_group([bundle] * self.config.learner.ranks)
 
     def begin(self) -> None:
         """Let training start: the feeder accepts prompts, the learner learns."""
@@ -419,12 +420,12 @@ class Pools:
             raise RunFailed(f"{who} failed to start: {error.cause!r}") from error
 
 
-def gpus(config: Config) -> list[dict[str, float]]:
-    """What each GPU that a learner rank and an engine share has to come with: a bundle of a placement group."""
-    bundle: Counter[str] = Counter()
-    for asked in (config.learner, config.rollout):
-        bundle.update({"CPU": asked.cpus, **asked.resources})
-    return [{**{k: v for k, v in bundle.items() if v}, "GPU": 1.0} for _ in range(config.learner.ranks)]
+def shared(config: Config) -> Resources:
+    """What a learner rank and the engine on its GPU ask for together."""
+    learner, engine = config.learner, config.rollout
+    names = {**learner.resources, **engine.resources}
+    resources = {name: learner.resources.get(name, 0.0) + engine.resources.get(name, 0.0) for name in names}
+    return Resources(cpus=learner.cpus + engine.cpus, gpus=1.0, resources=resources)
 
 
 def _capacity(config: Config) -> Capacity:
